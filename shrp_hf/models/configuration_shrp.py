@@ -1,0 +1,167 @@
+"""The fields that every Shrp config adds to its family's own."""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+FORMAT_VERSION = 1
+MAX_EXPERTS_PER_SEQUENCE = 5  # the paper compares Top-1, Top-3 and Top-5
+_OUR_FIELDS = (
+    "expert_layers",
+    "pending_layers",
+    "kept_heads",
+    "routed",
+    "experts_per_sequence",
+    "router_pooling",
+    "router_aux_loss_coef",
+    "format_version",
+)
+
+
+@dataclass(kw_only=True)
+class ShrpConfigFields:
+    """Describes every layer: an ordinary layer with the heads that were kept, or an expert layer.
+
+    Args:
+        expert_layers: Indices of the layers that run as expert layers (SHRP).
+        pending_layers: Layers that hold both their dense and their expert form while training; empty otherwise.
+        kept_heads: Per layer the original indices of the heads (expert layer: experts) that are left; None: all.
+        routed: Whether expert layers choose their experts by a router (training) or run all they kept (static).
+        experts_per_sequence: Top-k of the router, 1 to 5.
+        router_pooling: What a router looks at: "mean" of the real tokens, or "cls", the first real token.
+        router_aux_loss_coef: Weight of the balance loss in a routed model's training loss.
+        format_version: Version of the saved format.
+
+    Raises:
+        ValueError: The fields contradict each other or the family's own, or an unknown field closely resembles one.
+    """
+
+    stock_model_types: ClassVar[tuple[str, ...]] = ()
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "task_loss", "balance_loss"]
+
+    expert_layers: list[int] = field(default_factory=list)
+    pending_layers: list[int] = field(default_factory=list)
+    kept_heads: list[list[int]] | None = None
+    routed: bool = True
+    experts_per_sequence: int = 1
+    router_pooling: str = "mean"
+    router_aux_loss_coef: float | int = 0.1
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Takes over `pruned_heads` of Transformers 4, then checks everything."""
+        for name in set(kwargs) - set(self.__dataclass_fields__):
+            match = difflib.get_close_matches(name, _OUR_FIELDS, n=1, cutoff=0.8)
+            if match:
+                raise ValueError(f"Unknown config field `{name}`: did you mean `{match[0]}`?")
+        removed = kwargs.pop("pruned_heads", None)
+        super().__post_init__(**kwargs)
+        if removed and self.kept_heads is None:
+            self.kept_heads = self._kept_from_removed(removed)
+        self.check_layers()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Reads a config of this class or of the stock family it extends, and refuses any other by name."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = config.get("model_type", cls.model_type)
+        if found not in (cls.model_type, *cls.stock_model_types):
+            known = ", ".join(f"`{name}`" for name in (*cls.stock_model_types, cls.model_type))
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` is a checkpoint of the family `{found}`, but {cls.__name__} reads "
+                f"{known}. Load it with the class of its own family."
+            )
+        config["model_type"] = cls.model_type
+        return config, kwargs
+
+    def _kept_from_removed(self, removed: dict) -> list[list[int]]:
+        gone = {int(layer): {int(head) for head in heads} for layer, heads in removed.items()}
+        heads = range(self.num_attention_heads)
+        for layer, indices in gone.items():
+            if not 0 <= layer < self.num_hidden_layers or not indices <= set(heads):
+                raise ValueError(
+                    f"`pruned_heads` names heads {sorted(indices)} of layer {layer}, but the model has "
+                    f"{self.num_hidden_layers} layers of {self.num_attention_heads} heads."
+                )
+        return [[head for head in heads if head not in gone.get(i, ())] for i in range(self.num_hidden_layers)]
+
+    def heads_of(self, layer: int) -> list[int]:
+        """Original indices of the heads (or experts) that `layer` has, in order."""
+        return list(range(self.num_attention_heads)) if self.kept_heads is None else list(self.kept_heads[layer])
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router runs, or will once a pending layer is converted."""
+        return self.routed and bool(self.expert_layers or self.pending_layers)
+
+    def check_layers(self) -> None:
+        """Refuses contradictory fields.
+
+        Raises:
+            ValueError: Names the field, its value and the way out.
+        """
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version}, but this code reads versions up to {FORMAT_VERSION}: "
+                "install a newer shrp_hf."
+            )
+        if self.format_version < 1:
+            raise ValueError(f"`format_version` must be at least 1, got {self.format_version}.")
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name, False):
+                raise ValueError(f"`{name}=True` is not supported: shrp_hf makes encoders smaller. Set it to False.")
+        if not 1 <= self.experts_per_sequence <= min(MAX_EXPERTS_PER_SEQUENCE, self.num_attention_heads):
+            raise ValueError(
+                f"`experts_per_sequence` must be between 1 and "
+                f"{min(MAX_EXPERTS_PER_SEQUENCE, self.num_attention_heads)}, got {self.experts_per_sequence}."
+            )
+        if self.router_pooling not in ("mean", "cls"):
+            raise ValueError(f'`router_pooling` must be "mean" or "cls", got {self.router_pooling!r}.')
+        if not 0 <= self.router_aux_loss_coef < float("inf"):
+            raise ValueError(f"`router_aux_loss_coef` must be 0 or more, got {self.router_aux_loss_coef}.")
+        self.expert_layers = self._checked_layers("expert_layers")
+        self.pending_layers = self._checked_layers("pending_layers")
+        if self.pending_layers and not self.routed:
+            raise ValueError(
+                f"`pending_layers={self.pending_layers}` contradicts `routed=False`: a layer that is being converted "
+                "has a router. Finish the conversion, or set `pending_layers=[]`."
+            )
+        self._check_kept_heads()
+
+    def _checked_layers(self, name: str) -> list[int]:
+        layers = getattr(self, name)
+        for layer in layers:
+            if isinstance(layer, bool) or not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` names layer {layer}, but the model's layers are 0 to {self.num_hidden_layers - 1}."
+                )
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"`{name}` names a layer twice: {layers}.")
+        return sorted(layers)
+
+    def _check_kept_heads(self) -> None:
+        if self.kept_heads is None:
+            return
+        if len(self.kept_heads) != self.num_hidden_layers:
+            raise ValueError(
+                f"`kept_heads` describes {len(self.kept_heads)} layers, but the model has {self.num_hidden_layers}."
+            )
+        count = self.num_attention_heads
+        needs_all = set(self.pending_layers) | (set(self.expert_layers) if self.routed else set())
+        for layer, heads in enumerate(self.kept_heads):
+            if heads != sorted(set(heads)) or any(isinstance(h, bool) or not 0 <= h < count for h in heads):
+                raise ValueError(
+                    f"`kept_heads[{layer}]` must be ascending indices from 0 to {count - 1} without repetition, got {heads}."
+                )
+            if layer in needs_all and len(heads) != count:
+                raise ValueError(
+                    f"`kept_heads[{layer}]` keeps {len(heads)} of {count} experts, but layer {layer} is routed: a router "
+                    "chooses among all. Set `routed=False`, or keep them all."
+                )
+            if layer in self.expert_layers and not heads:
+                raise ValueError(f"`kept_heads[{layer}]` is empty, but expert layer {layer} needs at least one expert.")

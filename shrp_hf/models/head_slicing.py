@@ -1,0 +1,132 @@
+"""Where a layer keeps its attention heads, and how a layer is made smaller by them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Where a family keeps its heads; every path but `layers` starts at the layer, `layers` at the base model.
+
+    Args:
+        layers: The `ModuleList` of layers.
+        attention: The module whose forward attends.
+        projections: Query, key and value projection, in this order; head h owns rows h * head_size onwards.
+        output: The output projection W_O; head h owns columns h * head_size onwards.
+        head_count: The attribute of the attention module that holds its number of heads.
+    """
+
+    layers: str
+    attention: str
+    projections: tuple[str, str, str]
+    output: str
+    head_count: str = "num_attention_heads"
+
+
+BERT_HEAD_MAP = HeadMap(
+    layers="encoder.layer",
+    attention="attention.self",
+    projections=("attention.self.query", "attention.self.key", "attention.self.value"),
+    output="attention.output.dense",
+)
+
+
+class BiasOnly(nn.Module):
+    """The output projection of a layer without heads: nothing is left of it but its bias.
+
+    Args:
+        bias: The bias of the output projection, shape (hidden,), or None.
+        hidden_size: Width of the layer.
+    """
+
+    def __init__(self, bias: nn.Parameter | None, hidden_size: int) -> None:
+        super().__init__()
+        self.bias = bias
+        self.hidden_size = hidden_size
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (batch, length, anything) to the bias, (batch, length, hidden)."""
+        shape = (*hidden_states.shape[:-1], self.hidden_size)
+        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+
+
+class SilentAttention(nn.Module):
+    """The attention of a layer without heads: an explicit skip, because a projection of width zero breaks in ONNX.
+
+    Args:
+        config: The model's config; tells whether attention maps are expected.
+        output_name: Name of the output projection, where the family keeps it inside its attention module.
+        output: That projection, reduced to its bias.
+    """
+
+    def __init__(self, config: object, output_name: str | None = None, output: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.output_name = output_name
+        if output_name is not None:
+            self.add_module(output_name, output)
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> tuple:
+        """Returns (batch, length, hidden) and, in eager attention, an attention map without heads."""
+        batch, length = hidden_states.shape[:2]
+        is_eager = self.config._attn_implementation == "eager"
+        weights = hidden_states.new_empty(batch, 0, length, length) if is_eager else None
+        if self.output_name is not None:
+            hidden_states = self.get_submodule(self.output_name)(hidden_states)
+        return hidden_states, weights
+
+
+def slice_linear(linear: nn.Module, index: torch.Tensor, dim: int) -> nn.Linear:
+    """Returns a new `nn.Linear` of the rows (dim 0) or columns (dim 1) in `index`, with dtype and device kept.
+
+    Stock `prune_linear_layer` turns float64 into float32, hence our own.
+    """
+    weight = linear.weight.detach().index_select(dim, index.to(linear.weight.device))
+    bias = linear.bias
+    if bias is not None:
+        bias = bias.detach().index_select(0, index.to(bias.device)) if dim == 0 else bias.detach().clone()
+    sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    sliced.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+    if bias is not None:
+        sliced.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    return sliced.train(linear.training)
+
+
+def head_columns(positions: Sequence[int], head_size: int) -> torch.Tensor:
+    """Returns the rows that the heads at `positions` own, shape (len(positions) * head_size,)."""
+    positions = torch.tensor(list(positions), dtype=torch.long)
+    return (positions[:, None] * head_size + torch.arange(head_size)).flatten()
+
+
+def keep_heads_(layer: nn.Module, head_map: HeadMap, positions: Sequence[int], head_size: int) -> None:
+    """Cuts an ordinary layer down to the heads at `positions`, counted among those that it has now.
+
+    A layer that keeps none gets an explicit skip that equals masking: its attention adds the output bias only.
+    """
+    attention = layer.get_submodule(head_map.attention)
+    output = layer.get_submodule(head_map.output)
+    if not positions:
+        _silence_(layer, head_map, attention, output)
+        return
+    index = head_columns(positions, head_size)
+    for path in head_map.projections:
+        layer.set_submodule(path, slice_linear(layer.get_submodule(path), index, dim=0))
+    layer.set_submodule(head_map.output, slice_linear(output, index, dim=1))
+    setattr(attention, head_map.head_count, len(positions))
+    if hasattr(attention, "all_head_size"):
+        attention.all_head_size = len(positions) * head_size
+
+
+def _silence_(layer: nn.Module, head_map: HeadMap, attention: nn.Module, output: nn.Module) -> None:
+    if isinstance(attention, SilentAttention):
+        return
+    bias_only = BiasOnly(output.bias, output.weight.shape[0])
+    inner = head_map.output.removeprefix(head_map.attention + ".")
+    if inner != head_map.output:
+        layer.set_submodule(head_map.attention, SilentAttention(attention.config, inner, bias_only))
+    else:
+        layer.set_submodule(head_map.attention, SilentAttention(attention.config))
+        layer.set_submodule(head_map.output, bias_only)

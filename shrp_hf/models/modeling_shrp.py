@@ -1,0 +1,379 @@
+"""What the Shrp models of all families share: building from the config, converting, pruning, loading and saving."""
+
+import json
+import operator
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
+from .head_slicing import BERT_HEAD_MAP, HeadMap, keep_heads_
+
+
+class ShrpModelMixin:
+    """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
+
+    head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
+    auto_classes: ClassVar[Mapping[str, str]] = {}
+    has_expert_layers: ClassVar[bool] = False
+    # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
+    accepts_loss_kwargs = False
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder's layers."""
+        return self.base_model.get_submodule(self.head_map.layers)
+
+    def _build_layers_(self) -> None:
+        """Turns freshly built stock layers into those that the config describes (called by `__init__`)."""
+        config = self.config
+        config.check_layers()
+        layers = self.layers
+        for i, stock in enumerate(layers):
+            num_kept = len(config.heads_of(i))
+            if i in config.expert_layers or i in config.pending_layers:
+                layers[i] = ExpertLayer(config, i, stock)
+                if not config.routed:
+                    layers[i].keep_experts_(range(num_kept))
+            elif num_kept < config.num_attention_heads:
+                keep_heads_(stock, self.head_map, range(num_kept), config.head_size)
+
+    def post_init(self) -> None:
+        """As in Transformers; then lists the layer classes that are really there, which FSDP insists on."""
+        super().post_init()
+        self._list_layer_classes_()
+
+    def _list_layer_classes_(self) -> None:
+        present = {type(module).__name__ for module in self.modules()}
+        known = set(type(self)._no_split_modules or ()) | set(self._no_split_modules or ()) | {"ExpertLayer"}
+        self._no_split_modules = known & (present | {name for name in known if name.endswith("Embeddings")})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            module.reset_parameters(self.config.initializer_range)
+        elif isinstance(module, Expander):
+            init.constant_(module.LayerNorm.weight, EXPANDER_GAIN)
+
+    # --- SHRP: conversion ---
+
+    def convert_layers_(self, layers: int | Sequence[int], pending: bool = False) -> None:
+        """Turns dense layers into expert layers, warm-started from their weights, with untrained routers.
+
+        Args:
+            layers: Indices of the layers, or a number n: the last n.
+            pending: Keep the dense halves, and run as those until `activate_layer_`.
+
+        Raises:
+            ValueError: A layer is out of range, already an expert layer, or has lost heads; the family has no expert
+                layers; or the weights are spread over several devices.
+        """
+        layers = self._layers_to_convert(layers)
+        for i in layers:
+            if not pending:
+                self.config.expert_layers = sorted([*self.config.expert_layers, i])
+            # Both halves first: the warm start reads W_O.
+            self.config.pending_layers = sorted([*self.config.pending_layers, i])
+            self.layers[i] = ExpertLayer(self.config, i, self.layers[i])
+            self.layers[i].expander.warm_start_(self.layers[i].attention.output.dense.weight)
+            if not pending:
+                self.config.pending_layers.remove(i)
+                self.layers[i].drop_dense_half_()
+        self.config.routed = True
+        self._refresh_()
+
+    def _layers_to_convert(self, layers: int | Sequence[int]) -> list[int]:
+        total = self.config.num_hidden_layers
+        if not self.has_expert_layers:
+            raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            if not 1 <= layers <= total:
+                raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
+            layers = range(total - layers, total)
+        layers = [operator.index(i) for i in layers]
+        for i in layers:
+            if not 0 <= i < total:
+                raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
+        if not layers or len(set(layers)) != len(layers):
+            raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {layers}.")
+        if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):
+            raise ValueError(
+                f"`expert_layers={layers}` cannot be converted: this model is already pruned, and a warm start needs all "
+                "heads. Convert the unpruned checkpoint."
+            )
+        done = sorted(set(layers) & {*self.config.expert_layers, *self.config.pending_layers})
+        if done:
+            raise ValueError(f"`expert_layers` names {done}, which are expert layers already: leave them out.")
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                "`device_map` spreads the model over several devices: convert on one, save, and load the result with it."
+            )
+        return sorted(layers)
+
+    def activate_layer_(self, layer: int, warm_start: bool = True) -> None:
+        """Lets a pending layer run as an expert layer from now on, warm-started from its dense half as it is now.
+
+        Raises:
+            ValueError: The layer is not pending.
+        """
+        if layer not in self.config.pending_layers:
+            raise ValueError(f"Layer {layer} is not pending; pending are {self.config.pending_layers}.")
+        if warm_start:
+            self.layers[layer].warm_start_()
+        self.layers[layer].active = True
+        self.config.expert_layers = sorted({*self.config.expert_layers, layer})
+
+    def finish_conversion_(self) -> None:
+        """Drops the dense halves of converted layers, and the expert halves of those that were not reached."""
+        for i in self.config.pending_layers:
+            if not self.layers[i].active:
+                raise ValueError(f"Layer {i} is still to be converted: call `activate_layer_({i})`, or train to the end.")
+        for i in self.config.pending_layers:
+            self.layers[i].drop_dense_half_()
+        self.config.pending_layers = []
+        self._refresh_()
+
+    def usage(self) -> dict[int, list[int]]:
+        """Sequences routed to each expert so far in training: layer index -> one count per expert."""
+        routed = {i: layer.router for i, layer in enumerate(self.layers) if getattr(layer, "router", None) is not None}
+        return {i: router.usage.tolist() for i, router in routed.items()}
+
+    def reset_usage_(self) -> None:
+        """Forgets the counts."""
+        for layer in self.layers:
+            if getattr(layer, "router", None) is not None:
+                layer.router.usage.zero_()
+
+    # --- pruning ---
+
+    def prune_heads(self, plan: Any) -> None:
+        """Cuts the model down in place, for good; the counterpart that returns a new model is `shrp_hf.prune_heads`.
+
+        Args:
+            plan: A `KeepPlan` (heads of ordinary and experts of expert layers that *stay*; routers go), or the form of
+                Transformers 4, `{layer: [heads to remove]}`, for ordinary layers. Indices are those of the unpruned model.
+
+        Raises:
+            ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
+                expert layer without experts, or the conversion has not finished. The model is as it was.
+        """
+        if self.config.pending_layers:
+            raise ValueError(
+                f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
+                "`finish_conversion_()`, before pruning."
+            )
+        by_plan = not isinstance(plan, Mapping)
+        target = self._kept_by_plan(plan) if by_plan else self._kept_by_removal(plan)
+        positions = [[self.config.heads_of(i).index(head) for head in heads] for i, heads in enumerate(target)]
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, ExpertLayer):
+                if by_plan:
+                    layer.keep_experts_(positions[i])
+            elif len(positions[i]) < len(self.config.heads_of(i)):
+                keep_heads_(layer, self.head_map, positions[i], self.config.head_size)
+        if by_plan and self.config.expert_layers:
+            self.config.routed = False
+        is_full = all(len(heads) == self.config.num_attention_heads for heads in target)
+        self.config.kept_heads = None if is_full else target
+        self._refresh_()
+
+    def _kept_by_plan(self, plan: Any) -> list[list[int]]:
+        kept = getattr(plan, "kept", None)
+        if kept is None:
+            raise ValueError(
+                f"`plan` must be a KeepPlan or a dict {{layer: [heads to remove]}}, got {type(plan).__name__}."
+            )
+        config = self.config
+        if len(kept) != config.num_hidden_layers or getattr(plan, "num_heads", None) != config.num_attention_heads:
+            raise ValueError(
+                f"`plan` is for {len(kept)} layers of {getattr(plan, 'num_heads', None)} heads, but this model has "
+                f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads."
+            )
+        for i, heads in enumerate(kept):
+            gone = sorted(set(heads) - set(config.heads_of(i)))
+            if gone:
+                raise ValueError(
+                    f"`plan` keeps heads {gone} of layer {i}, which are gone; left are {config.heads_of(i)}."
+                )
+            if i in config.expert_layers and not heads:
+                raise ValueError(f"`plan` keeps 0 experts of expert layer {i}: it needs at least one.")
+        return [sorted(heads) for heads in kept]
+
+    def _kept_by_removal(self, removed: Mapping) -> list[list[int]]:
+        config = self.config
+        target = [config.heads_of(i) for i in range(config.num_hidden_layers)]
+        for layer, heads in removed.items():
+            if not isinstance(layer, int) or not 0 <= layer < config.num_hidden_layers:
+                raise ValueError(
+                    f"`plan` names layer {layer!r}, but the model's layers are 0 to {config.num_hidden_layers - 1}."
+                )
+            if layer in config.expert_layers:
+                raise ValueError(
+                    f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a KeepPlan."
+                )
+            gone = sorted(set(heads) - set(target[layer]))
+            if gone:
+                raise ValueError(f"`plan` removes heads {gone} of layer {layer}, which are gone; left are {target[layer]}.")
+            target[layer] = [head for head in target[layer] if head not in set(heads)]
+        return target
+
+    def _refresh_(self) -> None:
+        self.config.check_layers()
+        for module in {self, self.base_model}:
+            module._list_layer_classes_()
+
+    # --- loading and saving ---
+
+    @classmethod
+    def from_stock(cls, model: PreTrainedModel) -> Self:
+        """Wraps a stock model of this family; the weights are shared, not copied.
+
+        Raises:
+            ValueError: The model is of another family.
+        """
+        found = model.config.model_type
+        if found not in cls.config_class.stock_model_types:
+            raise ValueError(f"`{type(model).__name__}` is of the family `{found}`, which {cls.__name__} does not extend.")
+        fields = model.config.to_dict()
+        fields.pop("model_type", None)
+        config = cls.config_class.from_dict(fields)
+        config._attn_implementation = model.config._attn_implementation
+        options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
+        with init.no_init_weights():
+            wrapped = cls(config, **options)
+        wrapped.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        wrapped.tie_weights()
+        return wrapped.train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        expert_layers: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a Shrp checkpoint, or a plain one of the family, and converts it when asked to.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or directory.
+            *model_args: As in Transformers.
+            expert_layers: Layers to convert on loading (routed, with untrained routers): a number n for the last n, or a
+                list of indices. None loads the model as it is.
+            **kwargs: As in Transformers (`dtype`, `attn_implementation`, `device_map`, `revision`, ...).
+
+        Raises:
+            ValueError: Encoder weights of a Shrp checkpoint are missing, unexpected or misshapen; a file is damaged;
+                the checkpoint is of another family; or `expert_layers` does not fit it.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.get("config")
+        if config is not None and not isinstance(config, cls.config_class) and hasattr(config, "to_dict"):
+            kwargs["config"] = cls.config_class.from_dict({**config.to_dict(), "model_type": cls.config_class.model_type})
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(
+                f"The weights of `{pretrained_model_name_or_path}` are damaged ({error}): download or save them again."
+            ) from error
+        model._check_encoder_weights(pretrained_model_name_or_path, info)
+        if expert_layers is not None:
+            model.convert_layers_(expert_layers)
+        return (model, info) if wants_info else model
+
+    def _check_encoder_weights(self, source: Any, info: Mapping) -> None:
+        if self.config.kept_heads is None and not self.config.expert_layers and not self.config.pending_layers:
+            return
+        marker = f"{self.head_map.layers}."
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = [key if isinstance(key, str) else key[0] for key in info.get(problem) or ()]
+            names = sorted(name for name in names if marker in name)
+            if names:
+                raise ValueError(
+                    f"`{source}` does not fit its config: {len(names)} encoder weights are {problem.removesuffix('_keys')}, "
+                    f"the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
+                )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
+        """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.
+
+        Args:
+            save_directory: Where to.
+            *args: As in Transformers.
+            with_code: Also write the code, and name it in the config for every Auto class, so that the model opens with
+                `trust_remote_code=True` where shrp_hf is not installed.
+            **kwargs: As in Transformers.
+        """
+        if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint", False):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.pop("push_to_hub", False):
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "create_pr", "token") if name in kwargs}
+            self.save_pretrained(save_directory, *args, with_code=with_code, **kwargs)
+            self.push_to_hub(repo_id, with_code=with_code, **hub)
+            return
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staged:
+            super().save_pretrained(staged, *args, **kwargs)
+            if with_code or getattr(self, "_ships_code", False):
+                self._write_code(Path(staged))
+            _publish(Path(staged), target)
+
+    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
+        """Uploads as Transformers does; `with_code` as in `save_pretrained`."""
+        self._ships_code = with_code
+        try:
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        finally:
+            del self._ships_code
+
+    def _write_code(self, folder: Path) -> None:
+        source = Path(sys.modules[type(self).__module__].__file__)
+        for path in [source, *map(Path, get_relative_import_files(source))]:
+            shutil.copyfile(path, folder / path.name)
+        config_path = folder / "config.json"
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config["auto_map"] = dict(self.auto_classes)
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class ShrpHeadMixin(ShrpModelMixin):
+    """A stock task head around a Shrp base model. Mixed in before the stock class."""
+
+    base_model_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        stock = getattr(self, self.base_model_prefix)
+        options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
+        setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
+        self.post_init()
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Moves the staged files, weights first and the config last, and removes weights of an earlier save."""
+    names = {path.name for path in staged.iterdir()}
+    stale = [p for pattern in ("model*.safetensors", "model*.safetensors.index.json") for p in target.glob(pattern)]
+    for name in sorted(names, key=lambda name: (name == "config.json", name)):
+        (staged / name).replace(target / name)
+    for path in stale:
+        if path.name not in names:
+            path.unlink()
+
