@@ -1,0 +1,396 @@
+"""ShrpTrainer: progressive conversion, routing losses, usage, distillation."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+
+from shrp_hf.distillation import hidden_states_loss, logits_loss, student_logits
+from shrp_hf.models.expert_layer import sum_over_processes
+from shrp_hf.models.modeling_shrp import ShrpModelMixin
+from shrp_hf.plan import KeepPlan
+from shrp_hf.surgery import to_shrp
+from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
+from shrp_hf.usage import plan_by_usage
+
+logger = logging.getLogger(__name__)
+
+COLLAPSE_SHARE = 0.9
+
+
+class ShrpTrainer(Trainer):
+    """`Trainer` that converts layers to expert layers while it trains, then lets them specialise.
+
+    With `ShrpTrainingArguments` that name layers, a stock BERT model is converted (it lives in `trainer.model`) and a
+    slice of the training set is set aside for `usage_plan`. With plain `TrainingArguments` nothing is converted. Layers
+    that are expert layers already are only trained.
+
+    Args:
+        model: A stock or Shrp model.
+        args: `ShrpTrainingArguments`, or plain `TrainingArguments`.
+        data_collator: As in Trainer.
+        train_dataset: As in Trainer.
+        eval_dataset: As in Trainer; never used to choose experts.
+        processing_class: As in Trainer.
+        model_init: As in Trainer.
+        teacher: A model with the same labels whose logits and hidden states the student follows.
+        **kwargs: As in Trainer.
+
+    Raises:
+        ValueError: Layers are out of range, the model has no expert layers, or the set-up does not allow pending layers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = ShrpTrainingArguments("trainer_output") if args is None else args
+        self._layers_to_convert: list[int] = []
+        self._schedule: StageSchedule | None = None
+        self._usage_dataset: Dataset | None = None
+        if model is not None:
+            model = self._with_expert_layers(model, args)
+        if model_init is not None:
+            init = model_init
+            model_init = lambda *trial: self._with_expert_layers(init(*trial), args)  # noqa: E731
+        if train_dataset is not None and (self._layers_to_convert or _is_routed(model)):
+            train_dataset, self._usage_dataset = _hold_out(train_dataset, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            **kwargs,
+        )
+        # Stock heads take `**kwargs` and ignore `num_items_in_batch`, which inflates their gradients under accumulation.
+        if not getattr(self.model, "accepts_loss_kwargs", False):
+            self.model_accepts_loss_kwargs = False
+        if self._layers_to_convert:
+            self._check_parallelism()
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self._window: list[torch.Tensor] = []
+        self._entropy_window: dict[int, list[torch.Tensor]] = {}
+        self._last_usage: dict[int, list[int]] = {}
+        self._reported: set[tuple[str, int]] = set()
+        self.add_callback(_StageCallback(self))
+
+    # --- conversion ---
+
+    def _with_expert_layers(self, model: Any, args: TrainingArguments) -> Any:
+        if not isinstance(args, ShrpTrainingArguments) or not args.num_requested_layers:
+            return model
+        model = to_shrp(model)
+        config = model.config
+        layers = args.layers_to_convert(config.num_hidden_layers)
+        self._layers_to_convert = [layer for layer in layers if layer not in config.expert_layers]
+        new = [layer for layer in self._layers_to_convert if layer not in config.pending_layers]
+        if new:
+            config.experts_per_sequence = args.experts_per_sequence
+            config.router_pooling = args.router_pooling
+            set_seed(args.seed)  # the routers are drawn here, before Trainer seeds
+            model.convert_layers_(new, pending=True)
+        if len(self._layers_to_convert) < len(layers):
+            epochs, steps = args.length_for(len(self._layers_to_convert))
+            args.num_train_epochs, args.max_steps = (epochs, -1) if steps is None else (args.num_train_epochs, steps)
+        return model
+
+    def _check_parallelism(self) -> None:
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "`fsdp` cannot be used while layers are pending, because what runs changes under way. Convert under DDP, "
+                "or at once with `from_pretrained(..., expert_layers=n)`."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"DataParallel over {self.args.n_gpu} GPUs cannot count usage: start with `accelerate launch` for one "
+                "process per GPU, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """A constant (or `balance_lr_scheduler_type`) rate in stage "balance", then the usual decay in "specialise"."""
+        if self.lr_scheduler is not None or not self._layers_to_convert:
+            return super().create_scheduler(num_training_steps, optimizer)
+        args = self.args
+        schedule = args.schedule(self._layers_to_convert, num_training_steps)
+        warmup = args.get_warmup_steps(num_training_steps)
+        balance_type = args.balance_lr_scheduler_type
+        if balance_type == "constant" and warmup:
+            balance_type = "constant_with_warmup"
+        balance = _rate(balance_type, warmup, schedule.balance_steps, None)
+        specialise = _rate(
+            args.lr_scheduler_type, 0, num_training_steps - schedule.balance_steps, args.lr_scheduler_kwargs
+        )
+        ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
+
+        def factor(step: int) -> float:
+            if schedule.stage(step) == "balance":
+                return ratio * balance(step)
+            return specialise(step - schedule.balance_steps)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; once every layer is converted, the dense halves are dropped."""
+        output = super().train(*args, **kwargs)
+        model = self._shrp_model()
+        if model is not None and model.config.pending_layers:
+            waiting = sorted(set(model.config.pending_layers) - set(model.config.expert_layers))
+            if waiting:
+                logger.warning("Training ended before layers %s were converted; they stay pending.", waiting)
+            else:
+                model.finish_conversion_()
+        return output
+
+    def _shrp_model(self) -> PreTrainedModel | None:
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return model if isinstance(model, ShrpModelMixin) else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Looks at the last stage only: before it, the least converted model would win."""
+        if self._schedule is not None and self.state.global_step <= self._schedule.balance_steps:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    # --- losses ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The task loss, plus in training the weighted balance loss and the teacher's terms."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        teacher_inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
+        wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
+        if wants_hidden:
+            inputs = {**inputs, "output_hidden_states": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = torch.zeros_like(loss)
+        balance = outputs.get("balance_loss")
+        task = outputs.get("task_loss")
+        if balance is not None and task is None:
+            # The labels were kept from the model (label smoothing, an own loss): its balance loss is not in the loss.
+            extra = extra + self._shrp_model().config.router_aux_loss_coef * balance
+        if self.teacher is not None:
+            extra = extra + self._teacher_loss(teacher_inputs, outputs, wants_hidden)
+        if self.compute_loss_func is not None:
+            extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
+        self._record(loss if task is None else task, balance, outputs.get("router_logits"))
+        loss = loss + extra
+        return (loss, outputs) if return_outputs else loss
+
+    def _weight(self, name: str) -> float:
+        return getattr(self.args, name, getattr(ShrpTrainingArguments, name))
+
+    def _teacher_loss(self, inputs: dict[str, Any], outputs: Mapping[str, Any], wants_hidden: bool) -> torch.Tensor:
+        with torch.no_grad():
+            taught = self.teacher(**inputs, output_hidden_states=wants_hidden)
+        temperature = self._weight("distillation_temperature")
+        pairs = zip(student_logits(outputs), student_logits(taught), strict=True)
+        loss = self._weight("distillation_logits") * sum(logits_loss(s, t, temperature) for s, t in pairs)
+        if wants_hidden:
+            hidden = hidden_states_loss(outputs.hidden_states, taught.hidden_states, inputs.get("attention_mask"))
+            loss = loss + self._weight("distillation_hidden_states") * hidden
+        return loss
+
+    # --- logging ---
+
+    def _record(
+        self, task: torch.Tensor, balance: torch.Tensor | None, router_logits: Sequence[torch.Tensor] | None
+    ) -> None:
+        if balance is None:
+            return
+        self._window.append(torch.stack([task.detach().float(), balance.detach().float()]))
+        for layer, logits in zip(self._shrp_model().config.expert_layers, router_logits, strict=True):
+            log_p = logits.detach().float().log_softmax(dim=-1)
+            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(logits.shape[-1])
+            self._entropy_window.setdefault(layer, []).append(entropy)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training logs also carry stage, task and balance loss and, per routed layer, usage and entropy."""
+        if "loss" in logs and self._window:
+            logs = {**logs, **self._routing_logs()}
+        super().log(logs, start_time)
+
+    def _routing_logs(self) -> dict[str, float]:
+        losses = torch.stack(self._window).mean(dim=0)
+        entropies = torch.stack([torch.stack(values).mean() for values in self._entropy_window.values()])
+        local = torch.cat([losses, entropies])
+        mean = (sum_over_processes(local) / self.args.world_size).tolist()
+        stage = "specialise"
+        if self._schedule is not None:
+            stage = self._schedule.stage(self.state.global_step - 1)
+        logs = {"stage": {"balance": 1, "specialise": 2}[stage], "task_loss": mean[0], "balance_loss": mean[1]}
+        usage = self._shrp_model().usage()
+        for layer, entropy in zip(self._entropy_window, mean[2:], strict=True):
+            before = self._last_usage.get(layer, [0] * len(usage[layer]))
+            counts = [max(0, now - then) for now, then in zip(usage[layer], before, strict=True)]
+            share = max(counts) / max(1, sum(counts))
+            logs[f"usage_max/layer_{layer}"] = round(share, 4)
+            logs[f"routing_entropy/layer_{layer}"] = round(entropy, 4)
+            self._report_collapse(stage, layer, counts, share)
+        self._window, self._entropy_window, self._last_usage = [], {}, usage
+        return logs
+
+    def _report_collapse(self, stage: str, layer: int, counts: list[int], share: float) -> None:
+        if share < COLLAPSE_SHARE or sum(counts) < 2 * len(counts) or (stage, layer) in self._reported:
+            return
+        self._reported.add((stage, layer))
+        expert = counts.index(max(counts))
+        if stage == "balance":
+            logger.warning(
+                "Routing of layer %d collapsed: expert %d takes %.0f%% of the sequences in stage balance. Raise "
+                "`balance_coef`, lower the learning rate, or give `balance_epochs_per_layer` more.",
+                layer, expert, 100 * share,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "Expert %d of layer %d takes %.0f%% of the sequences in stage specialise: keeping one expert loses little "
+                "there. If several are to stay, raise `balance_coef` or shorten stage specialise.",
+                expert, layer, 100 * share,
+            )  # fmt: skip
+
+    # --- usage ---
+
+    def usage_plan(self, dataset: Any = None, keep: int = 1, scope: str = "layer") -> KeepPlan:
+        """Counts how often each expert is used, and keeps the most used.
+
+        Args:
+            dataset: What to count on. None: the slice of the training set that was held out for it, never `eval_dataset`.
+            keep: Experts per expert layer.
+            scope: "layer", or "model" for the same number in all wherever they are used most.
+
+        Returns:
+            A plan for `trainer.model.prune_heads`; the counts are also in the model (`model.usage()`).
+
+        Raises:
+            ValueError: Nothing was held out, or see `plan_by_usage`.
+        """
+        model = self._shrp_model()
+        if model is None or not model.config.routed or not model.config.expert_layers:
+            raise ValueError("The model has no routed expert layers: convert some with `num_expert_layers`.")
+        if dataset is None and self._usage_dataset is None:
+            raise ValueError(
+                "`usage_plan()` counts on a slice held out of `train_dataset`, but there is none (no training set, or one "
+                "without a length): give `usage_plan(dataset)` data that is not what you report on."
+            )
+        counts = self.count_usage(self._usage_dataset if dataset is None else dataset)
+        return plan_by_usage(model, counts, keep, scope)
+
+    def count_usage(self, dataset: Any) -> dict[int, list[int]]:
+        """Counts each sequence of `dataset` once, over all processes, and stores the counts in the model.
+
+        Returns:
+            Layer index -> number of sequences per expert (with Top-k, each sequence counts for k experts).
+        """
+        model = self._shrp_model()
+        rank, world = self.args.process_index, self.args.world_size
+        # Trainer's own loaders repeat sequences until the processes have equal shares, which would count them twice.
+        share = Subset(dataset, range(rank, len(dataset), world))
+        loader = DataLoader(
+            share,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="usage"),
+        )
+        total = torch.zeros(len(model.config.expert_layers), model.config.num_attention_heads, device=self.args.device)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in loader:
+                inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in self.label_names}
+                for row, logits in zip(total, model(**inputs).router_logits, strict=True):
+                    chosen = logits.topk(model.config.experts_per_sequence, dim=-1).indices.flatten()
+                    row += torch.bincount(chosen, minlength=len(row))
+        model.train(was_training)
+        total = sum_over_processes(total).to(torch.int64)
+        for layer, counts in zip(model.config.expert_layers, total, strict=True):
+            model.layers[layer].router.usage.copy_(counts)
+        return model.usage()
+
+
+class _StageCallback(TrainerCallback):
+    """Converts layers when their step has come, and switches the balance loss."""
+
+    def __init__(self, trainer: ShrpTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if not trainer._layers_to_convert:
+            return
+        trainer._schedule = args.schedule(trainer._layers_to_convert, state.max_steps)
+        model = trainer._shrp_model()
+        for step, layer in trainer._schedule.conversions:
+            if step < state.global_step:  # resumed: the checkpoint's weights are already converted here
+                model.activate_layer_(layer, warm_start=False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        schedule = self.trainer._schedule
+        if schedule is None:
+            return
+        model = self.trainer._shrp_model()
+        for step, layer in schedule.conversions:
+            if step == state.global_step and layer not in model.config.expert_layers:
+                model.activate_layer_(layer)
+                logger.info("Step %d: layer %d is an expert layer from here on.", step, layer)
+        if state.global_step == schedule.balance_steps:
+            model.reset_usage_()  # what specialising experts are used for decides, not what balance forced
+            self.trainer._last_usage = {}
+        is_balance = schedule.stage(state.global_step) == "balance"
+        model.config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
+
+
+def _is_routed(model: Any) -> bool:
+    return isinstance(model, ShrpModelMixin) and model.config.is_routed
+
+
+def _hold_out(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:
+    """Cuts a seeded slice off a training set: (rest, slice). A set without a length is returned whole, with None."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return dataset, None
+    share = getattr(args, "usage_holdout", ShrpTrainingArguments.usage_holdout)
+    size = max(1, round(share * len(dataset)))
+    if size >= len(dataset):
+        return dataset, None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, rest = sorted(order[:size]), sorted(order[size:])
+    if hasattr(dataset, "select"):
+        return dataset.select(rest), dataset.select(chosen)
+    return Subset(dataset, rest), Subset(dataset, chosen)
+
+
+def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:
+    """The factor of one of Transformers' schedules as a function of the step."""
+    if steps <= 0:
+        return lambda step: 0.0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=options
+    )
+    if not hasattr(schedule, "lr_lambdas"):
+        raise ValueError(f"`lr_scheduler_type={name}` cannot be laid over a stage: choose one such as linear or cosine.")
+    return schedule.lr_lambdas[0]

@@ -1,0 +1,210 @@
+"""Arguments of ShrpTrainer, and the schedule that follows from them."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+_ORDERS = ("last_first", "first_first")
+_STOCK_EPOCHS = 3.0
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """When what happens, in optimizer steps.
+
+    Args:
+        conversions: (step, layer) pairs, ascending: before this step, this layer is converted.
+        balance_steps: Length of stage "balance"; stage "specialise" takes the rest.
+        max_steps: Length of the whole training.
+    """
+
+    conversions: tuple[tuple[int, int], ...]
+    balance_steps: int
+    max_steps: int
+
+    def stage(self, step: int) -> str:
+        """The stage in which the optimizer step with this index runs: "balance" or "specialise"."""
+        return "balance" if step < self.balance_steps else "specialise"
+
+
+@dataclass
+class ShrpTrainingArguments(TrainingArguments):
+    """`TrainingArguments` plus the two stages of SHRP; without layers to convert it trains as stock arguments do.
+
+    Stage "balance" converts one layer at a time under a balance loss; stage "specialise" drops that loss and lets Top-1
+    routing specialise. The number of epochs follows from the stages (its default here is None), the learning rate is
+    constant in "balance" and decays in "specialise".
+
+    Args:
+        num_expert_layers: Convert the last n layers.
+        expert_layers: Convert these layers; instead of `num_expert_layers`.
+        conversion_order: "last_first" or "first_first" (the paper's order is not known; the default is a reconstruction).
+        balance_epochs_per_layer: Epochs that stage "balance" gives to each converted layer.
+        specialise_epochs: Epochs of stage "specialise".
+        balance_steps_per_layer: The same in optimizer steps; then `specialise_steps` is needed too.
+        specialise_steps: Optimizer steps of stage "specialise".
+        balance_coef: Weight of the bidirectional KL in stage "balance".
+        balance_learning_rate: Learning rate of stage "balance"; None: `learning_rate`.
+        balance_lr_scheduler_type: Schedule of stage "balance"; `lr_scheduler_type` is that of stage "specialise".
+        experts_per_sequence: Top-k of the routers of newly converted layers.
+        router_pooling: "mean" or "cls"; what the routers of newly converted layers look at.
+        usage_holdout: Share of the training set that is not trained on and on which `usage_plan` counts.
+        distillation_logits: With a teacher: weight of the divergence of the logits, T^2 KL (MSE for regression).
+        distillation_hidden_states: With a teacher: weight of the mean squared error of every layer's hidden states.
+        distillation_temperature: Temperature T of the logits.
+
+    Raises:
+        ValueError: Arguments contradict each other, or are out of range.
+    """
+
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Total number of epochs; follows from the stages (3 where nothing is converted)."}
+    )
+    num_expert_layers: int | None = field(default=None, metadata={"help": "Convert the last n layers."})
+    expert_layers: list[int] | None = field(default=None, metadata={"help": "Convert these layers."})
+    conversion_order: str = field(
+        default="last_first", metadata={"help": "Order of conversion.", "choices": list(_ORDERS)}
+    )
+    balance_epochs_per_layer: float = field(default=1.0, metadata={"help": "Epochs of balance for each layer."})
+    specialise_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage specialise."})
+    balance_steps_per_layer: int | None = field(default=None, metadata={"help": "Steps of balance for each layer."})
+    specialise_steps: int | None = field(default=None, metadata={"help": "Steps of stage specialise."})
+    balance_coef: float = field(default=0.1, metadata={"help": "Weight of the balance loss in stage balance."})
+    balance_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of stage balance."})
+    balance_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of stage balance."})
+    experts_per_sequence: int = field(default=1, metadata={"help": "Top-k of new routers."})
+    router_pooling: str = field(default="mean", metadata={"help": "What routers look at.", "choices": ["mean", "cls"]})
+    usage_holdout: float = field(default=0.05, metadata={"help": "Share of the training set kept to count usage on."})
+    distillation_logits: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
+    distillation_hidden_states: float = field(default=1.0, metadata={"help": "Weight of hidden-state distillation."})
+    distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of logit distillation."})
+
+    def __post_init__(self) -> None:
+        """Checks the stages and derives the number of epochs."""
+        self._check_ranges()
+        requested = self.num_requested_layers
+        if requested:
+            self._derive_length(requested)
+            self._prepare_for_pending_layers()
+        elif self.num_train_epochs is None:
+            self.num_train_epochs = _STOCK_EPOCHS
+        super().__post_init__()
+
+    @property
+    def num_requested_layers(self) -> int:
+        """Number of layers to convert, 0 if none was asked for."""
+        return len(self.expert_layers) if self.expert_layers else self.num_expert_layers or 0
+
+    def layers_to_convert(self, num_layers: int) -> list[int]:
+        """The requested layers of a model with `num_layers`, in the order of conversion.
+
+        Raises:
+            ValueError: A layer is out of range.
+        """
+        if self.num_expert_layers is not None and self.num_expert_layers > num_layers:
+            raise ValueError(
+                f"`num_expert_layers` must be between 1 and {num_layers} layers, got {self.num_expert_layers}."
+            )
+        layers = self.expert_layers or range(num_layers - (self.num_expert_layers or 0), num_layers)
+        for layer in layers:
+            if not 0 <= layer < num_layers:
+                raise ValueError(f"`expert_layers` names layer {layer}, but the model's layers are 0 to {num_layers - 1}.")
+        return sorted(layers, reverse=self.conversion_order == "last_first")
+
+    def schedule(self, layers: list[int], max_steps: int) -> StageSchedule:
+        """Lays the conversion of `layers`, in this order, over `max_steps` optimizer steps."""
+        if self.balance_steps_per_layer is not None:
+            per_layer, total = self.balance_steps_per_layer, max_steps
+        else:
+            per_layer = self.balance_epochs_per_layer
+            total = len(layers) * per_layer + self.specialise_epochs
+        scale = max_steps / total
+        conversions = tuple((round(i * per_layer * scale), layer) for i, layer in enumerate(layers))
+        return StageSchedule(conversions, round(len(layers) * per_layer * scale), max_steps)
+
+    def length_for(self, num_layers: int) -> tuple[float | None, int | None]:
+        """(epochs, None) or (None, steps) for the conversion of `num_layers` layers."""
+        if self.balance_steps_per_layer is not None:
+            return None, num_layers * self.balance_steps_per_layer + self.specialise_steps
+        return num_layers * self.balance_epochs_per_layer + self.specialise_epochs, None
+
+    def _check_ranges(self) -> None:
+        if self.num_expert_layers is not None and self.expert_layers is not None:
+            raise ValueError(
+                f"Give `num_expert_layers` or `expert_layers`, not both: got {self.num_expert_layers} and {self.expert_layers}."
+            )
+        if self.num_expert_layers is not None and self.num_expert_layers < 1:
+            raise ValueError(f"`num_expert_layers` must be at least 1, got {self.num_expert_layers}.")
+        if self.expert_layers is not None and (
+            not self.expert_layers or len(set(self.expert_layers)) != len(self.expert_layers)
+        ):
+            raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {self.expert_layers}.")
+        if self.conversion_order not in _ORDERS:
+            raise ValueError(f'`conversion_order` must be "last_first" or "first_first", got {self.conversion_order!r}.')
+        for name, low in (("balance_epochs_per_layer", 0), ("balance_steps_per_layer", 0)):
+            value = getattr(self, name)
+            if value is not None and not value > low:
+                raise ValueError(f"`{name}` must be more than 0, got {value}.")
+        for name in (
+            "specialise_epochs",
+            "specialise_steps",
+            "balance_coef",
+            "distillation_logits",
+            "distillation_hidden_states",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        if not self.distillation_temperature > 0:
+            raise ValueError(f"`distillation_temperature` must be more than 0, got {self.distillation_temperature}.")
+        if not 0 < self.usage_holdout < 1:
+            raise ValueError(f"`usage_holdout` must be a share between 0 and 1, got {self.usage_holdout}.")
+        if (self.balance_steps_per_layer is None) != (self.specialise_steps is None):
+            raise ValueError(
+                "`balance_steps_per_layer` and `specialise_steps` go together: got "
+                f"{self.balance_steps_per_layer} and {self.specialise_steps}."
+            )
+
+    def _derive_length(self, num_layers: int) -> None:
+        epochs, steps = self.length_for(num_layers)
+        if steps is not None:
+            if self.max_steps > 0 and self.max_steps != steps:
+                raise ValueError(
+                    f"`max_steps={self.max_steps}` disagrees with the stages, which take {steps} steps: leave it out."
+                )
+            self.max_steps = steps
+            if self.num_train_epochs is None:
+                self.num_train_epochs = _STOCK_EPOCHS
+            return
+        if self.max_steps > 0:
+            raise ValueError(
+                f"`max_steps={self.max_steps}` disagrees with stages given in epochs: give `balance_steps_per_layer` "
+                "and `specialise_steps` instead."
+            )
+        if self.num_train_epochs is not None and abs(self.num_train_epochs - epochs) > 1e-9:
+            raise ValueError(
+                f"`num_train_epochs={self.num_train_epochs}` disagrees with the stages: {num_layers} layers x "
+                f"{self.balance_epochs_per_layer} + {self.specialise_epochs} = {epochs} epochs. Leave it out, or change "
+                "`balance_epochs_per_layer` or `specialise_epochs`."
+            )
+        self.num_train_epochs = epochs
+
+    def _prepare_for_pending_layers(self) -> None:
+        if self.fsdp:
+            raise ValueError(
+                f"`fsdp={self.fsdp!r}` cannot be used while layers are pending, because what runs changes under way. "
+                "Convert under DDP, or at once with `from_pretrained(..., expert_layers=n)`."
+            )
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            kwargs_name = f"{name}_kwargs"
+            if not getattr(self, name, None):
+                continue
+            kwargs = getattr(self, kwargs_name, None)
+            if kwargs is None:
+                setattr(self, kwargs_name, {"use_reentrant": False})
+            elif isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+                raise ValueError(
+                    f"`{kwargs_name}={kwargs}` cannot be used while layers are pending: set `use_reentrant` to False."
+                )
