@@ -3,18 +3,14 @@
 Importing registers the Shrp classes with Transformers' Auto classes, and does nothing else.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
 from shrp_hf._version import __version__
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
+from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
+from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
+from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
+from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
 from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForMaskedLM,
     ShrpBertForMultipleChoice,
@@ -23,19 +19,42 @@ from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForTokenClassification,
     ShrpBertModel,
 )
+from shrp_hf.models.modeling_shrp_distilbert import (
+    ShrpDistilBertForMaskedLM,
+    ShrpDistilBertForMultipleChoice,
+    ShrpDistilBertForQuestionAnswering,
+    ShrpDistilBertForSequenceClassification,
+    ShrpDistilBertForTokenClassification,
+    ShrpDistilBertModel,
+)
+from shrp_hf.models.modeling_shrp_electra import (
+    ShrpElectraForMaskedLM,
+    ShrpElectraForMultipleChoice,
+    ShrpElectraForPreTraining,
+    ShrpElectraForQuestionAnswering,
+    ShrpElectraForSequenceClassification,
+    ShrpElectraForTokenClassification,
+    ShrpElectraModel,
+)
+from shrp_hf.models.modeling_shrp_roberta import (
+    ShrpRobertaForMaskedLM,
+    ShrpRobertaForMultipleChoice,
+    ShrpRobertaForQuestionAnswering,
+    ShrpRobertaForSequenceClassification,
+    ShrpRobertaForTokenClassification,
+    ShrpRobertaModel,
+)
+from shrp_hf.models.modeling_shrp_vit import ShrpViTForImageClassification, ShrpViTModel
 from shrp_hf.plan import KeepPlan
+from shrp_hf.surgery import masked_heads, prune_heads, to_shrp, to_stock
 
-AutoConfig.register("shrp_bert", ShrpBertConfig, exist_ok=True)
-for _auto, _model in (
-    (AutoModel, ShrpBertModel),
-    (AutoModelForMaskedLM, ShrpBertForMaskedLM),
-    (AutoModelForMultipleChoice, ShrpBertForMultipleChoice),
-    (AutoModelForQuestionAnswering, ShrpBertForQuestionAnswering),
-    (AutoModelForSequenceClassification, ShrpBertForSequenceClassification),
-    (AutoModelForTokenClassification, ShrpBertForTokenClassification),
-):
-    _auto.register(ShrpBertConfig, _model, exist_ok=True)
-del _auto, _model
+for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaModel, ShrpViTModel):
+    _config = _base.config_class
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _path in _base.auto_classes.items():
+        if _auto != "AutoConfig":
+            getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
+del _base, _config, _auto, _path
 
 __all__ = [
     "KeepPlan",
@@ -46,5 +65,34 @@ __all__ = [
     "ShrpBertForSequenceClassification",
     "ShrpBertForTokenClassification",
     "ShrpBertModel",
+    "ShrpDistilBertConfig",
+    "ShrpDistilBertForMaskedLM",
+    "ShrpDistilBertForMultipleChoice",
+    "ShrpDistilBertForQuestionAnswering",
+    "ShrpDistilBertForSequenceClassification",
+    "ShrpDistilBertForTokenClassification",
+    "ShrpDistilBertModel",
+    "ShrpElectraConfig",
+    "ShrpElectraForMaskedLM",
+    "ShrpElectraForMultipleChoice",
+    "ShrpElectraForPreTraining",
+    "ShrpElectraForQuestionAnswering",
+    "ShrpElectraForSequenceClassification",
+    "ShrpElectraForTokenClassification",
+    "ShrpElectraModel",
+    "ShrpRobertaConfig",
+    "ShrpRobertaForMaskedLM",
+    "ShrpRobertaForMultipleChoice",
+    "ShrpRobertaForQuestionAnswering",
+    "ShrpRobertaForSequenceClassification",
+    "ShrpRobertaForTokenClassification",
+    "ShrpRobertaModel",
+    "ShrpViTConfig",
+    "ShrpViTForImageClassification",
+    "ShrpViTModel",
     "__version__",
+    "masked_heads",
+    "prune_heads",
+    "to_shrp",
+    "to_stock",
 ]

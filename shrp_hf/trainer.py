@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -66,8 +67,9 @@ class ShrpTrainer(Trainer):
             model = self._with_expert_layers(model, args)
         if model_init is not None:
             init = model_init
-            model_init = lambda *trial: self._with_expert_layers(init(*trial), args)  # noqa: E731
-        if train_dataset is not None and (self._layers_to_convert or _is_routed(model)):
+            # Trainer looks at how many parameters it takes: none, or the trial.
+            model_init = wraps(init)(lambda *trial: self._with_expert_layers(init(*trial), args))
+        if train_dataset is not None and (getattr(args, "num_requested_layers", 0) or _is_routed(model)):
             train_dataset, self._usage_dataset = _hold_out(train_dataset, args)
         super().__init__(
             model=model,
@@ -205,7 +207,7 @@ class ShrpTrainer(Trainer):
     def _weight(self, name: str) -> float:
         return getattr(self.args, name, getattr(ShrpTrainingArguments, name))
 
-    def _teacher_loss(self, inputs: dict[str, Any], outputs: Mapping[str, Any], wants_hidden: bool) -> torch.Tensor:
+    def _teacher_loss(self, inputs: dict[str, Any], outputs: Any, wants_hidden: bool) -> torch.Tensor:
         with torch.no_grad():
             taught = self.teacher(**inputs, output_hidden_states=wants_hidden)
         temperature = self._weight("distillation_temperature")
@@ -338,14 +340,16 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer, model = self.trainer, self.trainer._shrp_model()
+        if model is not None:
+            trainer._last_usage = model.usage()  # what was counted before, or before the checkpoint, is logged already
         if not trainer._layers_to_convert:
             return
         trainer._schedule = args.schedule(trainer._layers_to_convert, state.max_steps)
-        model = trainer._shrp_model()
         for step, layer in trainer._schedule.conversions:
             if step < state.global_step:  # resumed: the checkpoint's weights are already converted here
                 model.activate_layer_(layer, warm_start=False)
+        self._weigh_balance_(args, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         schedule = self.trainer._schedule
@@ -359,8 +363,11 @@ class _StageCallback(TrainerCallback):
         if state.global_step == schedule.balance_steps:
             model.reset_usage_()  # what specialising experts are used for decides, not what balance forced
             self.trainer._last_usage = {}
-        is_balance = schedule.stage(state.global_step) == "balance"
-        model.config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
+        self._weigh_balance_(args, state.global_step)
+
+    def _weigh_balance_(self, args: Any, step: int) -> None:
+        is_balance = self.trainer._schedule.stage(step) == "balance"
+        self.trainer._shrp_model().config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
 
 
 def _is_routed(model: Any) -> bool:

@@ -1,6 +1,7 @@
 """Arguments of ShrpTrainer, and the schedule that follows from them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -113,11 +114,10 @@ class ShrpTrainingArguments(TrainingArguments):
 
     def schedule(self, layers: list[int], max_steps: int) -> StageSchedule:
         """Lays the conversion of `layers`, in this order, over `max_steps` optimizer steps."""
+        per_layer: float = self.balance_epochs_per_layer
+        total = len(layers) * per_layer + self.specialise_epochs
         if self.balance_steps_per_layer is not None:
             per_layer, total = self.balance_steps_per_layer, max_steps
-        else:
-            per_layer = self.balance_epochs_per_layer
-            total = len(layers) * per_layer + self.specialise_epochs
         scale = max_steps / total
         conversions = tuple((round(i * per_layer * scale), layer) for i, layer in enumerate(layers))
         return StageSchedule(conversions, round(len(layers) * per_layer * scale), max_steps)
@@ -131,7 +131,8 @@ class ShrpTrainingArguments(TrainingArguments):
     def _check_ranges(self) -> None:
         if self.num_expert_layers is not None and self.expert_layers is not None:
             raise ValueError(
-                f"Give `num_expert_layers` or `expert_layers`, not both: got {self.num_expert_layers} and {self.expert_layers}."
+                f"Give `num_expert_layers` or `expert_layers`, not both: got {self.num_expert_layers} and "
+                f"{self.expert_layers}."
             )
         if self.num_expert_layers is not None and self.num_expert_layers < 1:
             raise ValueError(f"`num_expert_layers` must be at least 1, got {self.num_expert_layers}.")
@@ -141,9 +142,17 @@ class ShrpTrainingArguments(TrainingArguments):
             raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {self.expert_layers}.")
         if self.conversion_order not in _ORDERS:
             raise ValueError(f'`conversion_order` must be "last_first" or "first_first", got {self.conversion_order!r}.')
-        for name, low in (("balance_epochs_per_layer", 0), ("balance_steps_per_layer", 0)):
+        self._check_numbers()
+        if (self.balance_steps_per_layer is None) != (self.specialise_steps is None):
+            raise ValueError(
+                "`balance_steps_per_layer` and `specialise_steps` go together: got "
+                f"{self.balance_steps_per_layer} and {self.specialise_steps}."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("balance_epochs_per_layer", "balance_steps_per_layer"):
             value = getattr(self, name)
-            if value is not None and not value > low:
+            if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be more than 0, got {value}.")
         for name in (
             "specialise_epochs",
@@ -159,11 +168,6 @@ class ShrpTrainingArguments(TrainingArguments):
             raise ValueError(f"`distillation_temperature` must be more than 0, got {self.distillation_temperature}.")
         if not 0 < self.usage_holdout < 1:
             raise ValueError(f"`usage_holdout` must be a share between 0 and 1, got {self.usage_holdout}.")
-        if (self.balance_steps_per_layer is None) != (self.specialise_steps is None):
-            raise ValueError(
-                "`balance_steps_per_layer` and `specialise_steps` go together: got "
-                f"{self.balance_steps_per_layer} and {self.specialise_steps}."
-            )
 
     def _derive_length(self, num_layers: int) -> None:
         epochs, steps = self.length_for(num_layers)
@@ -208,3 +212,28 @@ class ShrpTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`{kwargs_name}={kwargs}` cannot be used while layers are pending: set `use_reentrant` to False."
                 )
+
+
+def recovery_arguments(output_dir: str, **overrides: Any) -> ShrpTrainingArguments:
+    """Arguments that fine-tune a pruned model back, the same for every selector: CAHP's recipe (arXiv 2606.19150).
+
+    3 epochs, learning rate 2e-5 with linear decay after 10% warm-up, batches of 32 sequences, weight decay 0.01,
+    gradients clipped at norm 1.0. The batch is per device: on several, or with accumulation, override it to keep 32.
+
+    Args:
+        output_dir: As in TrainingArguments.
+        **overrides: Any field of `ShrpTrainingArguments`; each takes the place of the recipe's.
+
+    Raises:
+        ValueError: See `ShrpTrainingArguments`.
+    """
+    recipe: dict[str, Any] = {
+        "num_train_epochs": 3.0,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,  # below 1 it is a share of all steps
+        "per_device_train_batch_size": 32,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    }
+    return ShrpTrainingArguments(output_dir, **(recipe | overrides))

@@ -37,6 +37,7 @@ class ShrpConfigFields:
     """
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
+    has_expert_layers: ClassVar[bool] = True
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "task_loss", "balance_loss"]
 
     expert_layers: list[int] = field(default_factory=list)
@@ -64,15 +65,23 @@ class ShrpConfigFields:
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Reads a config of this class or of the stock family it extends, and refuses any other by name."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = config.get("model_type", cls.model_type)
+        return cls.adopt(config, str(pretrained_model_name_or_path)), kwargs
+
+    @classmethod
+    def adopt(cls, fields: dict, source: str) -> dict:
+        """Returns the fields of a config of this class, or of a stock family that it extends, as fields of this class.
+
+        Raises:
+            ValueError: They are of another family; `source` is where they came from.
+        """
+        found = fields.get("model_type", cls.model_type)
         if found not in (cls.model_type, *cls.stock_model_types):
             known = ", ".join(f"`{name}`" for name in (*cls.stock_model_types, cls.model_type))
             raise ValueError(
-                f"`{pretrained_model_name_or_path}` is a checkpoint of the family `{found}`, but {cls.__name__} reads "
-                f"{known}. Load it with the class of its own family."
+                f"`{source}` is a checkpoint of the family `{found}`, but {cls.__name__} reads {known}. Load it with "
+                "the class of its own family."
             )
-        config["model_type"] = cls.model_type
-        return config, kwargs
+        return {**fields, "model_type": cls.model_type}
 
     def _kept_from_removed(self, removed: dict) -> list[list[int]]:
         gone = {int(layer): {int(head) for head in heads} for layer, heads in removed.items()}
@@ -124,6 +133,11 @@ class ShrpConfigFields:
             raise ValueError(f'`router_pooling` must be "mean" or "cls", got {self.router_pooling!r}.')
         if not 0 <= self.router_aux_loss_coef < float("inf"):
             raise ValueError(f"`router_aux_loss_coef` must be 0 or more, got {self.router_aux_loss_coef}.")
+        if not self.has_expert_layers and (self.expert_layers or self.pending_layers):
+            raise ValueError(
+                f"`expert_layers={self.expert_layers or self.pending_layers}`: `{self.model_type}` has none; only "
+                "BERT and RoBERTa convert to SHRP. Leave the field empty, its heads can still be pruned."
+            )
         self.expert_layers = self._checked_layers("expert_layers")
         self.pending_layers = self._checked_layers("pending_layers")
         if self.pending_layers and not self.routed:

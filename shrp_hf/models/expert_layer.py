@@ -229,7 +229,9 @@ class ExpertLayer(GradientCheckpointingLayer):
             update = self.expander((gate[:, None, :, None] * heads).mean(dim=2))
         return hidden_states + self.dropout(update), logits
 
-    def _dense_forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object) -> torch.Tensor:
+    def _dense_forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object
+    ) -> torch.Tensor:
         heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
         attended = self.attention.output(heads.flatten(2), hidden_states)
         return self.output(self.intermediate(attended), attended)

@@ -1,6 +1,6 @@
 """Where a layer keeps its attention heads, and how a layer is made smaller by them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,22 @@ BERT_HEAD_MAP = HeadMap(
     attention="attention.self",
     projections=("attention.self.query", "attention.self.key", "attention.self.value"),
     output="attention.output.dense",
+)
+"""Also RoBERTa's and ELECTRA's."""
+
+DISTILBERT_HEAD_MAP = HeadMap(
+    layers="transformer.layer",
+    attention="attention",
+    projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    output="attention.out_lin",
+    head_count="n_heads",
+)
+
+VIT_HEAD_MAP = HeadMap(
+    layers="layers",
+    attention="attention",
+    projections=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    output="attention.o_proj",
 )
 
 
@@ -97,8 +113,8 @@ def slice_linear(linear: nn.Module, index: torch.Tensor, dim: int) -> nn.Linear:
 
 def head_columns(positions: Sequence[int], head_size: int) -> torch.Tensor:
     """Returns the rows that the heads at `positions` own, shape (len(positions) * head_size,)."""
-    positions = torch.tensor(list(positions), dtype=torch.long)
-    return (positions[:, None] * head_size + torch.arange(head_size)).flatten()
+    heads = torch.tensor(list(positions), dtype=torch.long)
+    return (heads[:, None] * head_size + torch.arange(head_size)).flatten()
 
 
 def keep_heads_(layer: nn.Module, head_map: HeadMap, positions: Sequence[int], head_size: int) -> None:
@@ -130,3 +146,64 @@ def _silence_(layer: nn.Module, head_map: HeadMap, attention: nn.Module, output:
     else:
         layer.set_submodule(head_map.attention, SilentAttention(attention.config))
         layer.set_submodule(head_map.output, bias_only)
+    # Transformers installs what captures attention maps once, at the first call that asks for them.
+    layer.get_submodule(head_map.attention)._forward_hooks.update(attention._forward_hooks)
+
+
+def heads_to_keep(
+    plan: object, present: Sequence[Sequence[int]], num_heads: int, expert_layers: Sequence[int] = ()
+) -> list[list[int]]:
+    """Reads a plan for a model that has the heads in `present`.
+
+    Args:
+        plan: A `KeepPlan` (heads of ordinary and experts of expert layers that *stay*), or the form of Transformers 4,
+            `{layer: [heads to remove]}`, for ordinary layers. Indices are those of the unpruned model.
+        present: Per layer, the original indices of the heads (experts) that are there.
+        num_heads: Heads per layer of the unpruned model.
+        expert_layers: The layers whose heads are experts.
+
+    Returns:
+        Per layer, the original indices of what stays, ascending.
+
+    Raises:
+        ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
+            expert layer without experts, or names one in the form of Transformers 4.
+    """
+    if isinstance(plan, Mapping):
+        return _left_by_removal(plan, present, expert_layers)
+    kept = getattr(plan, "kept", None)
+    if kept is None:
+        raise ValueError(
+            f"`plan` must be a KeepPlan or a dict {{layer: [heads to remove]}}, got {type(plan).__name__}."
+        )
+    if len(kept) != len(present) or getattr(plan, "num_heads", None) != num_heads:
+        raise ValueError(
+            f"`plan` is for {len(kept)} layers of {getattr(plan, 'num_heads', None)} heads, but this model has "
+            f"{len(present)} layers of {num_heads} heads."
+        )
+    for i, heads in enumerate(kept):
+        gone = sorted(set(heads) - set(present[i]))
+        if gone:
+            raise ValueError(f"`plan` keeps heads {gone} of layer {i}, which are gone; left are {list(present[i])}.")
+        if i in expert_layers and not heads:
+            raise ValueError(f"`plan` keeps 0 experts of expert layer {i}: it needs at least one.")
+    return [sorted(heads) for heads in kept]
+
+
+def _left_by_removal(
+    removed: Mapping, present: Sequence[Sequence[int]], expert_layers: Sequence[int]
+) -> list[list[int]]:
+    left = [list(heads) for heads in present]
+    for layer, heads in removed.items():
+        if not isinstance(layer, int) or not 0 <= layer < len(left):
+            raise ValueError(f"`plan` names layer {layer!r}, but the model's layers are 0 to {len(left) - 1}.")
+        if layer in expert_layers:
+            raise ValueError(
+                f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a "
+                "KeepPlan."
+            )
+        gone = sorted(set(heads) - set(left[layer]))
+        if gone:
+            raise ValueError(f"`plan` removes heads {gone} of layer {layer}, which are gone; left are {left[layer]}.")
+        left[layer] = [head for head in left[layer] if head not in set(heads)]
+    return left

@@ -17,7 +17,9 @@ from transformers import initialization as init
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
-from .head_slicing import BERT_HEAD_MAP, HeadMap, keep_heads_
+from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
+
+TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
 class ShrpModelMixin:
@@ -25,14 +27,17 @@ class ShrpModelMixin:
 
     head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
     auto_classes: ClassVar[Mapping[str, str]] = {}
-    has_expert_layers: ClassVar[bool] = False
+    _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
 
     @property
     def layers(self) -> nn.ModuleList:
         """The encoder's layers."""
-        return self.base_model.get_submodule(self.head_map.layers)
+        module = self.base_model
+        for name in self.head_map.layers.split("."):
+            module = module._modules[name]  # no attribute access: where ViT has its layers, it would end here again
+        return module
 
     def _build_layers_(self) -> None:
         """Turns freshly built stock layers into those that the config describes (called by `__init__`)."""
@@ -85,7 +90,11 @@ class ShrpModelMixin:
                 self.config.expert_layers = sorted([*self.config.expert_layers, i])
             # Both halves first: the warm start reads W_O.
             self.config.pending_layers = sorted([*self.config.pending_layers, i])
-            self.layers[i] = ExpertLayer(self.config, i, self.layers[i])
+            dense = self.layers[i]
+            self.layers[i] = ExpertLayer(self.config, i, dense)
+            # Transformers installs what captures hidden states and attentions once, at the first call that asks.
+            self.layers[i]._forward_hooks.update(dense._forward_hooks)
+            self.layers[i].attention.self._forward_hooks.update(dense.attention.self._forward_hooks)
             self.layers[i].expander.warm_start_(self.layers[i].attention.output.dense.weight)
             if not pending:
                 self.config.pending_layers.remove(i)
@@ -95,10 +104,10 @@ class ShrpModelMixin:
 
     def _layers_to_convert(self, layers: int | Sequence[int]) -> list[int]:
         total = self.config.num_hidden_layers
-        if not self.has_expert_layers:
+        if not self.config.has_expert_layers:
             raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
-        if isinstance(layers, int) and not isinstance(layers, bool):
-            if not 1 <= layers <= total:
+        if isinstance(layers, int):
+            if isinstance(layers, bool) or not 1 <= layers <= total:
                 raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
             layers = range(total - layers, total)
         layers = [operator.index(i) for i in layers]
@@ -173,60 +182,21 @@ class ShrpModelMixin:
                 f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
                 "`finish_conversion_()`, before pruning."
             )
-        by_plan = not isinstance(plan, Mapping)
-        target = self._kept_by_plan(plan) if by_plan else self._kept_by_removal(plan)
-        positions = [[self.config.heads_of(i).index(head) for head in heads] for i, heads in enumerate(target)]
+        config, by_plan = self.config, not isinstance(plan, Mapping)
+        present = [config.heads_of(i) for i in range(config.num_hidden_layers)]
+        target = heads_to_keep(plan, present, config.num_attention_heads, config.expert_layers)
         for i, layer in enumerate(self.layers):
+            positions = [present[i].index(head) for head in target[i]]
             if isinstance(layer, ExpertLayer):
                 if by_plan:
-                    layer.keep_experts_(positions[i])
-            elif len(positions[i]) < len(self.config.heads_of(i)):
-                keep_heads_(layer, self.head_map, positions[i], self.config.head_size)
-        if by_plan and self.config.expert_layers:
-            self.config.routed = False
-        is_full = all(len(heads) == self.config.num_attention_heads for heads in target)
-        self.config.kept_heads = None if is_full else target
+                    layer.keep_experts_(positions)
+            elif len(positions) < len(present[i]):
+                keep_heads_(layer, self.head_map, positions, config.head_size)
+        if by_plan and config.expert_layers:
+            config.routed = False
+        is_full = all(len(heads) == config.num_attention_heads for heads in target)
+        config.kept_heads = None if is_full else target
         self._refresh_()
-
-    def _kept_by_plan(self, plan: Any) -> list[list[int]]:
-        kept = getattr(plan, "kept", None)
-        if kept is None:
-            raise ValueError(
-                f"`plan` must be a KeepPlan or a dict {{layer: [heads to remove]}}, got {type(plan).__name__}."
-            )
-        config = self.config
-        if len(kept) != config.num_hidden_layers or getattr(plan, "num_heads", None) != config.num_attention_heads:
-            raise ValueError(
-                f"`plan` is for {len(kept)} layers of {getattr(plan, 'num_heads', None)} heads, but this model has "
-                f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads."
-            )
-        for i, heads in enumerate(kept):
-            gone = sorted(set(heads) - set(config.heads_of(i)))
-            if gone:
-                raise ValueError(
-                    f"`plan` keeps heads {gone} of layer {i}, which are gone; left are {config.heads_of(i)}."
-                )
-            if i in config.expert_layers and not heads:
-                raise ValueError(f"`plan` keeps 0 experts of expert layer {i}: it needs at least one.")
-        return [sorted(heads) for heads in kept]
-
-    def _kept_by_removal(self, removed: Mapping) -> list[list[int]]:
-        config = self.config
-        target = [config.heads_of(i) for i in range(config.num_hidden_layers)]
-        for layer, heads in removed.items():
-            if not isinstance(layer, int) or not 0 <= layer < config.num_hidden_layers:
-                raise ValueError(
-                    f"`plan` names layer {layer!r}, but the model's layers are 0 to {config.num_hidden_layers - 1}."
-                )
-            if layer in config.expert_layers:
-                raise ValueError(
-                    f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a KeepPlan."
-                )
-            gone = sorted(set(heads) - set(target[layer]))
-            if gone:
-                raise ValueError(f"`plan` removes heads {gone} of layer {layer}, which are gone; left are {target[layer]}.")
-            target[layer] = [head for head in target[layer] if head not in set(heads)]
-        return target
 
     def _refresh_(self) -> None:
         self.config.check_layers()
@@ -245,15 +215,14 @@ class ShrpModelMixin:
         found = model.config.model_type
         if found not in cls.config_class.stock_model_types:
             raise ValueError(f"`{type(model).__name__}` is of the family `{found}`, which {cls.__name__} does not extend.")
-        fields = model.config.to_dict()
-        fields.pop("model_type", None)
-        config = cls.config_class.from_dict(fields)
+        fields = cls.config_class.adopt(model.config.to_dict(), type(model).__name__)
+        # Transformers 5 ignores this field: the weights of a stock model are whole.
+        config = cls.config_class.from_dict({**fields, "pruned_heads": None})
         config._attn_implementation = model.config._attn_implementation
         options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
         with init.no_init_weights():
             wrapped = cls(config, **options)
-        wrapped.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-        wrapped.tie_weights()
+        take_weights_(wrapped, model, model.state_dict(keep_vars=True))
         return wrapped.train(model.training)
 
     @classmethod
@@ -280,7 +249,8 @@ class ShrpModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
         if config is not None and not isinstance(config, cls.config_class) and hasattr(config, "to_dict"):
-            kwargs["config"] = cls.config_class.from_dict({**config.to_dict(), "model_type": cls.config_class.model_type})
+            fields = cls.config_class.adopt(config.to_dict(), type(config).__name__)
+            kwargs["config"] = cls.config_class.from_dict(fields)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -354,6 +324,15 @@ class ShrpModelMixin:
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class ShrpBaseMixin(ShrpModelMixin):
+    """A stock base model whose layers lose the heads that the config leaves out. Mixed in before the stock class."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._build_layers_()
+        self.post_init()
+
+
 class ShrpHeadMixin(ShrpModelMixin):
     """A stock task head around a Shrp base model. Mixed in before the stock class."""
 
@@ -365,6 +344,24 @@ class ShrpHeadMixin(ShrpModelMixin):
         options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
         setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
         self.post_init()
+
+
+def auto_map(family: str, *heads: str) -> dict[str, str]:
+    """Names the Shrp class of every Auto class: `auto_map("Bert", "MaskedLM")` -> `{"AutoConfig": ..., ...}`."""
+    config, model = (f"{kind}_shrp_{family.lower()}.Shrp{family}" for kind in ("configuration", "modeling"))
+    classes = {f"AutoModelFor{head}": f"{model}For{head}" for head in heads}
+    return {"AutoConfig": f"{config}Config", "AutoModel": f"{model}Model"} | classes
+
+
+def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Gives `target` the parameters in `weights`, not copied, and the buffers of `source`."""
+    for name, parameter in target.named_parameters(remove_duplicate=False):
+        if name in weights:  # `assign=True` writes this flag into what it is given, and would thaw frozen weights
+            parameter.requires_grad_(weights[name].requires_grad)
+    target.load_state_dict(weights, assign=True)
+    for name, buffer in source.named_buffers():  # those that no state dict holds would stay where they were built
+        owner, _, attribute = name.rpartition(".")
+        target.get_submodule(owner)._buffers[attribute] = buffer
 
 
 def _publish(staged: Path, target: Path) -> None:

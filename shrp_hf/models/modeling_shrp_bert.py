@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from .configuration_shrp_bert import ShrpBertConfig
 from .expert_layer import ExpertAttention, ExpertLayer
 from .head_slicing import SilentAttention
-from .modeling_shrp import ShrpHeadMixin, ShrpModelMixin
+from .modeling_shrp import TEXT_HEADS, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .modeling_shrp_text import (
     ShrpMaskedLMOutput,
     ShrpMultipleChoiceOutput,
@@ -33,20 +33,11 @@ class ShrpBertMixin(ShrpModelMixin):
 
     config: ShrpBertConfig
     config_class = ShrpBertConfig
-    has_expert_layers: ClassVar[bool] = True
     _can_record_outputs: ClassVar[dict] = {
         "hidden_states": [BertLayer, ExpertLayer],
         "attentions": [BertSelfAttention, ExpertAttention, SilentAttention],
     }
-    auto_classes: ClassVar[Mapping[str, str]] = {
-        "AutoConfig": "configuration_shrp_bert.ShrpBertConfig",
-        "AutoModel": "modeling_shrp_bert.ShrpBertModel",
-        "AutoModelForMaskedLM": "modeling_shrp_bert.ShrpBertForMaskedLM",
-        "AutoModelForMultipleChoice": "modeling_shrp_bert.ShrpBertForMultipleChoice",
-        "AutoModelForQuestionAnswering": "modeling_shrp_bert.ShrpBertForQuestionAnswering",
-        "AutoModelForSequenceClassification": "modeling_shrp_bert.ShrpBertForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_shrp_bert.ShrpBertForTokenClassification",
-    }
+    auto_classes: ClassVar[Mapping[str, str]] = auto_map("Bert", *TEXT_HEADS)
 
 
 class ShrpBertModel(ShrpBertMixin, ShrpTextModel, BertModel):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,8 +101,6 @@ class ShrpEncoder(nn.Module):
 class ShrpTextModel(ShrpModelMixin):
     """The base model: stock embeddings and pooler around a `ShrpEncoder`. Mixed in before the stock class."""
 
-    has_expert_layers: ClassVar[bool] = True
-
     def __init__(self, config: Any, add_pooling_layer: bool = True) -> None:
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         self._build_layers_()
@@ -186,8 +184,9 @@ class ShrpTextModel(ShrpModelMixin):
 
 
 def with_routing(stock_forward: Callable, output_class: type[ModelOutput]) -> Callable:
-    """Wraps the forward of a stock task head: the same, plus what the routers said; in training the loss includes the
-    balance loss, weighted by `config.router_aux_loss_coef`.
+    """Wraps the forward of a stock task head: the same, plus what the routers said.
+
+    In training the loss includes the balance loss, weighted by `config.router_aux_loss_coef`.
     """
 
     @wraps(stock_forward)

@@ -1,0 +1,45 @@
+# Needs python3 (3.11 or newer), pip and make; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+PYTEST_WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow test-floor benchmark clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/shrp-hf demo --output out/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n $(PYTEST_WORKERS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/pytest -m slow
+
+test-floor:  # the fast tests with the oldest releases that setup.cfg allows
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+benchmark: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.foundation
+
+clean:
+	rm -rf $(VENV) .venv-floor out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.created:
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shrp_hf needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A stamp for each extra: an install runs again only when what it depends on has changed.
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
+	@echo "Installing shrp_hf[$*] into $(VENV), a dot for each package (some minutes the first time)"
+	@$(BIN)/python -m pip install -e ".[$*]" -c $(CONSTRAINTS) 2> $(VENV)/pip.log \
+		| awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }' \
+		|| { cat $(VENV)/pip.log >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,263 @@
+"""How many heads to keep: a count, a share, the knee of a curve, or whatever a measured target leaves."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+COSTS = ("parameters", "flops", "latency")
+KNEE_DEGREES = range(2, 7)
+
+
+class KneeNotFoundError(ValueError):
+    """The curve has no knee.
+
+    Args:
+        message: What was looked for.
+        curve: The points of the curve, (x, y) each.
+    """
+
+    def __init__(self, message: str, curve: Sequence[tuple[float, float]]) -> None:
+        points = ", ".join(f"({x:g}, {y:.3g})" for x, y in curve)
+        super().__init__(f"{message} The curve: {points}.")
+        self.curve = tuple(curve)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many heads a selector keeps, among those it may choose from. Made by the class methods below.
+
+    Args:
+        kind: Name of the class method.
+        target: What is kept: heads, a share of them, or an absolute cost.
+        keep: Share of the unpruned model's cost or quality that is kept.
+        degree: Polynomial degree of the knee.
+        measure: Takes a plan, returns its cost or its quality.
+    """
+
+    kind: str
+    target: float | None = None
+    keep: float | None = None
+    degree: int | None = None
+    measure: Callable[[Any], float] | None = None
+
+    @classmethod
+    def heads(cls, count: int) -> Self:
+        """Keeps `count` heads.
+
+        Raises:
+            ValueError: Not a positive whole number.
+        """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"`count` must be a positive whole number of heads, got {count!r}.")
+        return cls("heads", target=count)
+
+    @classmethod
+    def fraction(cls, keep: float) -> Self:
+        """Keeps the share `keep` of the heads, rounded to the nearest head.
+
+        Raises:
+            ValueError: Not above 0 and at most 1.
+        """
+        return cls("fraction", target=_share("keep", keep))
+
+    @classmethod
+    def knee(cls, degree: int = 6, evaluate: Callable[[Any], float] | None = None) -> Self:
+        """Keeps as many heads as the knee of a curve says (package kneed, concave and increasing, polynomial).
+
+        Without `evaluate` the curve is CAHP's medoid silhouette (arXiv 2606.19150). Its knee hardly depends on the
+        data: on uniform random points the degrees 2 to 6 keep about 48, 30, 24, 19 and 17% of 144 heads. The degree
+            sets
+        the head count. With `evaluate` the curve is the measured quality of the plans, which does depend on them.
+
+        Args:
+            degree: Polynomial degree that smooths the curve, 2 to 6. 6 is the default of CAHP's code.
+            evaluate: Takes a plan, returns its quality on a calibration split.
+
+        Raises:
+            ValueError: The degree is out of range.
+        """
+        if degree not in KNEE_DEGREES:
+            raise ValueError(f"`degree` must be between 2 and 6, got {degree!r}.")
+        return cls("knee", degree=degree, measure=_measure("evaluate", evaluate) if evaluate is not None else None)
+
+    @classmethod
+    def parameters(cls, target: int | None = None, *, keep: float | None = None) -> Self:
+        """Keeps as many heads as fit into `target` parameters of the whole model, or into the share `keep` of them.
+
+        One head of BERT-base is 196,800 parameters: half of the heads are 13% of the model.
+
+        Raises:
+            ValueError: Not exactly one of the two is given, or it is out of range.
+        """
+        return cls("parameters", **_limit(target, keep))
+
+    @classmethod
+    def flops(cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None) -> Self:
+        """Keeps as many heads as fit into `target` FLOPs (a multiply-add is 2), or into the share `keep` of all.
+
+        Args:
+            measure: Takes a plan, returns the FLOPs of the model cut by it.
+            target: FLOPs.
+            keep: Share of the unpruned model's FLOPs.
+
+        Raises:
+            ValueError: Not exactly one of target and keep is given, or it is out of range.
+        """
+        return cls("flops", measure=_measure("measure", measure), **_limit(target, keep))
+
+    @classmethod
+    def latency(
+        cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None
+    ) -> Self:
+        """Keeps as many heads as run within `target` seconds, or within the share `keep` of the unpruned model's time.
+
+        Args:
+            measure: Takes a plan, returns the seconds that the model cut by it needs; called once per count tried.
+            target: Seconds.
+            keep: Share of the unpruned model's seconds.
+
+        Raises:
+            ValueError: Not exactly one of target and keep is given, or it is out of range.
+        """
+        return cls("latency", measure=_measure("measure", measure), **_limit(target, keep))
+
+    @classmethod
+    def quality(cls, evaluate: Callable[[Any], float], keep: float = 0.99) -> Self:
+        """Keeps as few heads as hold the share `keep` of the unpruned model's quality.
+
+        Args:
+            evaluate: Takes a plan, returns its quality (higher is better) on a calibration split, never on the one
+                that is reported; called once per count tried, about log2 of the number of heads.
+            keep: Share of the quality.
+
+        Raises:
+            ValueError: `keep` is not above 0 and at most 1.
+        """
+        return cls("quality", keep=_share("keep", keep), measure=_measure("evaluate", evaluate))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether plans have to be measured to know the count."""
+        return self.kind in (*COSTS, "quality") or (self.kind == "knee" and self.measure is not None)
+
+    def count(self, available: int) -> int:
+        """Returns the heads that "heads" or "fraction" keep of `available` ones.
+
+        Raises:
+            ValueError: There are not that many.
+        """
+        share = self.target or 0
+        count = int(share) if self.kind == "heads" else math.floor(share * available + 0.5)
+        if not 1 <= count <= available:
+            raise ValueError(
+                f"`budget` keeps {count} heads, but must keep 1 to {available}: so many are to choose from."
+            )
+        return count
+
+    def search(self, plan_of: Callable[[int], Any], low: int, high: int, num_points: int = 16) -> tuple[int, dict]:
+        """Finds the count of a measured budget by bisection; the count returned has been measured and meets it.
+
+        Args:
+            plan_of: Returns the plan that keeps so many heads; `high` is the unpruned model.
+            low: Fewest heads that may be kept.
+            high: All heads.
+            num_points: Counts that a measured knee looks at, evenly spaced.
+
+        Returns:
+            The count, and what was measured per count.
+
+        Raises:
+            ValueError: No count meets the budget, or a measurement is not a finite number.
+            KneeNotFoundError: The measured curve has no knee.
+        """
+        measured: dict[int, float] = {}
+
+        def value(count: int) -> float:
+            if count not in measured:
+                measured[count] = float(self.measure(plan_of(count)))
+                if not math.isfinite(measured[count]):
+                    raise ValueError(f"The measurement of a plan that keeps {count} heads is {measured[count]}.")
+            return measured[count]
+
+        if self.kind == "knee":
+            steps = max(1, min(num_points, high - low + 1) - 1)
+            curve = [(c, value(c)) for c in sorted({low + (high - low) * i // steps for i in range(steps + 1)})]
+            return round(find_knee(curve, self.degree)), measured
+        limit = self.target if self.target is not None else self.keep * value(high)
+        if self.kind == "quality":
+            if limit <= 0:
+                raise ValueError(
+                    f"`evaluate` gives the unpruned model {value(high)}, but its quality must be positive."
+                )
+            return _bisect(lambda count: value(count) >= limit, low, high), measured
+        if value(low) > limit:
+            raise ValueError(
+                f"`budget` allows {self.kind} of {limit:g}, but the fewest heads ({low}) need {value(low):g}: raise "
+                "it, or lower `min_heads_per_layer`."
+            )
+        # The largest count that fits is one below the smallest that does not.
+        return (high if value(high) <= limit else _bisect(lambda count: value(count) > limit, low, high) - 1), measured
+
+
+def find_knee(curve: Sequence[tuple[float, float]], degree: int) -> float:
+    """Returns the x of the knee of a concave, increasing curve, smoothed by a polynomial (package kneed).
+
+    Args:
+        curve: Points (x, y), x ascending.
+        degree: Degree of the polynomial.
+
+    Raises:
+        KneeNotFoundError: There is none, the curve is flat, or it has too few points for the degree.
+        ImportError: kneed is missing.
+    """
+    try:
+        from kneed import KneeLocator
+    except ImportError as error:
+        raise ImportError("A knee needs the package kneed: pip install 'shrp_hf[posthoc]'.") from error
+    x, y = zip(*curve, strict=True)
+    knee = None
+    if len(curve) > degree + 1 and max(y) > min(y):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # kneed warns where we raise
+            options = {"curve": "concave", "direction": "increasing", "interp_method": "polynomial"}
+            knee = KneeLocator(x, y, polynomial_degree=degree, **options).knee
+    if knee is None:
+        raise KneeNotFoundError(
+            f"The curve of {len(curve)} points has no knee at `degree={degree}`: try another degree, or give a count "
+            "(`Budget.heads`).",
+            curve,
+        )
+    return float(knee)
+
+
+def _bisect(meets: Callable[[int], bool], low: int, high: int) -> int:
+    """Returns a count that meets the condition though the one below does not; `high` is known to meet it."""
+    if meets(low):
+        return low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    return high
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a share above 0 and at most 1, got {value!r}.")
+    return value
+
+
+def _limit(target: float | None, keep: float | None) -> dict[str, Any]:
+    if (target is None) == (keep is None):
+        raise ValueError(f"Give either `target` or `keep`, got target={target!r} and keep={keep!r}.")
+    is_number = isinstance(target, int | float) and not isinstance(target, bool)
+    if target is not None and not (is_number and 0 < target < math.inf):
+        raise ValueError(f"`target` must be a positive number, got {target!r}.")
+    return {"target": target, "keep": keep if keep is None else _share("keep", keep)}
+
+
+def _measure(name: str, measure: object) -> Callable[[Any], float]:
+    if not callable(measure):
+        raise ValueError(f"`{name}` must be a callable that takes a plan and returns a number, got {measure!r}.")
+    return measure

@@ -1,0 +1,16 @@
+"""What heads do on calibration data (importance, entropy, attention signatures), measured in one pass."""
+
+from shrp_hf.head_stats.recorder import attention_entropy, resize_weights
+from shrp_hf.head_stats.scoring import collect_head_stats, scored_heads, weight_magnitude
+from shrp_hf.head_stats.stats import GRANULARITIES, HeadStats, StatsRequest
+
+__all__ = [
+    "GRANULARITIES",
+    "HeadStats",
+    "StatsRequest",
+    "attention_entropy",
+    "collect_head_stats",
+    "resize_weights",
+    "scored_heads",
+    "weight_magnitude",
+]

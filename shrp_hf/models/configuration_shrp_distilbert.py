@@ -1,0 +1,20 @@
+"""DistilBERT, every layer described by its heads."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import DistilBertConfig
+
+from .configuration_shrp import ShrpConfigFields
+
+
+@strict
+class ShrpDistilBertConfig(ShrpConfigFields, DistilBertConfig):
+    """`DistilBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock DistilBERT.
+
+    `n_heads` stays the original count, whatever was pruned. There are no expert layers.
+    """
+
+    model_type = "shrp_distilbert"
+    stock_model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
+    has_expert_layers: ClassVar[bool] = False

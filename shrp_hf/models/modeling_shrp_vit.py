@@ -1,0 +1,42 @@
+"""ViT with kept heads. Parameter names stay ViT's."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from transformers import (
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+
+from .configuration_shrp_vit import ShrpViTConfig
+from .head_slicing import VIT_HEAD_MAP, SilentAttention
+from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+
+# ViT checkpoints keep their old parameter names on disk; Transformers looks up the new ones by the name of the class.
+register_checkpoint_conversion_mapping("ShrpViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True)
+
+
+class ShrpViTMixin(ShrpModelMixin):
+    """What every Shrp ViT class declares."""
+
+    config: ShrpViTConfig
+    config_class = ShrpViTConfig
+    head_map = VIT_HEAD_MAP
+    _can_record_outputs: ClassVar[dict] = {"hidden_states": ViTLayer, "attentions": [ViTAttention, SilentAttention]}
+    auto_classes: ClassVar[Mapping[str, str]] = auto_map("ViT", "ImageClassification")
+
+
+class ShrpViTModel(ShrpViTMixin, ShrpBaseMixin, ViTModel):
+    """The base encoder."""
+
+
+class ShrpViTHead(ShrpViTMixin, ShrpHeadMixin):
+    """What every task head declares."""
+
+    base_model_class = ShrpViTModel
+
+
+class ShrpViTForImageClassification(ShrpViTHead, ViTForImageClassification):
+    """A classifier of images."""

@@ -1,0 +1,75 @@
+"""Models side by side: quality on the reported split, parameters, FLOPs, measured speed."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from shrp_hf.benchmark import ModelReport, count_flops, count_parameters, measure_throughput, report_table
+from shrp_hf.tasks.task import Task
+
+BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: to a temporary name, then moved."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def evaluate_on(
+    model: PreTrainedModel, rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
+) -> dict[str, float]:
+    """Returns the task's metrics of `model` on tokenised rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, per_device_eval_batch_size=batch_size, report_to="none", dataloader_pin_memory=False
+        )
+        trainer = Trainer(model, args, processing_class=tokenizer, compute_metrics=task.compute_metrics)
+        metrics = trainer.evaluate(rows, metric_key_prefix="m")
+    return {name: metrics[f"m_{name}"] for name in task.metric_names}
+
+
+def compare_models(
+    models: Mapping[str, PreTrainedModel], scores: Mapping[str, Mapping[str, float]], task: Task, num_rounds: int = 5
+) -> str:
+    """Returns Markdown: a table of the models, measured in one run, how it was measured, and all metrics.
+
+    Args:
+        models: Name -> model; ratios are against the first.
+        scores: Name -> metrics on the reported split.
+        task: The task.
+        num_rounds: Rounds of the throughput measurement.
+    """
+    batch_size, length = BENCHMARK_SHAPE
+    longest = next(iter(models.values())).config.max_position_embeddings
+    length = min(length, longest - 2)  # RoBERTa's positions begin behind the padding index
+    models = {name: model.to("cpu").eval() for name, model in models.items()}
+    timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)
+    total = len(task.test)
+    rows = [
+        ModelReport(
+            name=name,
+            parameters=count_parameters(model),
+            flops=count_flops(model, batch_size, length),
+            timing=timings[name],
+            correct=(round(scores[name]["accuracy"] * total), total) if "accuracy" in scores[name] else None,
+        )
+        for name, model in models.items()
+    ]
+    metrics = "\n".join(
+        f"- {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[name].items()) for name in models
+    )
+    return f"""{report_table(rows)}
+
+FLOPs and throughput: batch {batch_size} x {length} tokens, {torch.get_num_threads()} CPU threads, one run, median over
+{num_rounds} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole model, whose embeddings stay.
+
+Reported on {total} rows ({task.reported}), which chose nothing:
+
+{metrics}
+"""

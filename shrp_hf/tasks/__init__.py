@@ -1,0 +1,7 @@
+"""What a model is trained and judged on: GLUE, SST-5, docstrings, a directory or a Hub data set."""
+
+from shrp_hf.tasks.loading import load_task
+from shrp_hf.tasks.sources import TASK_NAMES
+from shrp_hf.tasks.task import Task
+
+__all__ = ["TASK_NAMES", "Task", "load_task"]

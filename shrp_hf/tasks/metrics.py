@@ -1,0 +1,108 @@
+"""GLUE's metrics as local `evaluate` modules: `evaluate.load` fetches each from the Hub, these need no network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+
+class LocalMetric(evaluate.Metric):
+    """Base of the metrics below: one number per metric, computed in memory.
+
+    Differs from `evaluate.Metric` in its default `keep_in_memory=True`, so that nothing is written while computing.
+    """
+
+    value_type = "int64"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = Value(self.value_type)
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="",
+            features=Features({"predictions": value, "references": value}),
+            format="numpy",
+        )
+
+
+class Accuracy(LocalMetric):
+    """Share of predictions that equal their reference, 0 to 1."""
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class F1(LocalMetric):
+    """Harmonic mean of precision and recall, 0 to 1: of class 1, or `average="macro"` over all classes."""
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray, average: str = "binary") -> dict[str, float]:
+        return {"f1": float(f1_score(references, predictions, average=average, zero_division=0.0))}
+
+
+class MatthewsCorrelation(LocalMetric):
+    """Matthews correlation coefficient, -1 to 1."""
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+
+
+class Pearson(LocalMetric):
+    """Pearson correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+
+    value_type = "float64"
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"pearson": _correlation(pearsonr, predictions, references)}
+
+
+class Spearman(LocalMetric):
+    """Spearman rank correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+
+    value_type = "float64"
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"spearmanr": _correlation(spearmanr, predictions, references)}
+
+
+def _correlation(function: Any, predictions: np.ndarray, references: np.ndarray) -> float:
+    # A NaN here would make Trainer's choice of the best checkpoint arbitrary.
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(function(predictions, references)[0])
+
+
+METRICS: dict[str, type[LocalMetric]] = {
+    "accuracy": Accuracy,
+    "f1": F1,
+    "matthews_correlation": MatthewsCorrelation,
+    "pearson": Pearson,
+    "spearmanr": Spearman,
+}
+
+
+def measure(
+    names: Sequence[str], predictions: np.ndarray, references: np.ndarray, average: str = "binary"
+) -> dict[str, float]:
+    """Computes several metrics over the same predictions.
+
+    Args:
+        names: Keys of `METRICS`.
+        predictions: Class indices or values, shape (samples,).
+        references: The labels, shape (samples,).
+        average: How F1 treats classes: "binary" (of class 1) or "macro".
+
+    Returns:
+        One number per name.
+    """
+    results: dict[str, float] = {}
+    for name in names:
+        options = {"average": average} if name == "f1" else {}
+        results.update(METRICS[name]().compute(predictions=predictions, references=references, **options))
+    return results

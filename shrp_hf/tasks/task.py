@@ -1,0 +1,129 @@
+"""`Task`: three splits, what their labels mean, and how a prediction is judged."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One text classification or regression task.
+
+    Args:
+        name: Name under which it was loaded.
+        train: Rows to learn from. Columns `text`, `text_pair` (pair tasks only), `label`.
+        validation: Rows held out of the source's training set, for everything that is chosen (experts, alpha, budget,
+            early stopping).
+        test: The reported rows. Never choose anything on them.
+        label_names: One name per class; empty for regression.
+        metric_names: What `compute_metrics` returns; the first one is the headline.
+        reported: Where the reported rows come from, for tables and cards.
+    """
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    label_names: tuple[str, ...]
+    metric_names: tuple[str, ...]
+    reported: str
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric that stands for the task in a table."""
+        return self.metric_names[0]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row holds two texts."""
+        return "text_pair" in self.train.column_names
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers rather than classes."""
+        return not self.label_names
+
+    @property
+    def num_labels(self) -> int:
+        """Size of the model's output: the number of classes, 1 for regression."""
+        return max(1, len(self.label_names))
+
+    @property
+    def problem_type(self) -> str:
+        """The value of `problem_type` in a Transformers config."""
+        return "regression" if self.is_regression else "single_label_classification"
+
+    @property
+    def config_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to build a head for this task."""
+        names = dict(enumerate(self.label_names or ("score",)))
+        label2id = {name: index for index, name in names.items()}
+        return {
+            "num_labels": self.num_labels,
+            "problem_type": self.problem_type,
+            "id2label": names,
+            "label2id": label2id,
+        }
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
+        """Turns the three splits into token ids, unpadded: a `DataCollatorWithPadding` pads each batch to its longest.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. A tokenizer
+                with a smaller limit wins.
+
+        Returns:
+            The splits "train", "validation" and "test", with the tokenizer's columns and `label`.
+
+        Raises:
+            ValueError: `max_length` leaves no room for a token of text.
+        """
+        special = tokenizer.num_special_tokens_to_add(pair=self.is_pair)
+        length = min(max_length, tokenizer.model_max_length)
+        if length <= special:
+            raise ValueError(f"`max_length` must exceed the {special} special tokens of a sequence, got {max_length}.")
+
+        def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=length)
+
+        texts = [column for column in self.train.column_names if column != "label"]
+        splits = DatasetDict(train=self.train, validation=self.validation, test=self.test)
+        return splits.map(encode, batched=True, remove_columns=texts, desc=f"Tokenizing {self.name}")
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Judges predictions; hand it to `Trainer(compute_metrics=task.compute_metrics)`.
+
+        Args:
+            prediction: Logits of shape (samples, num_labels), or a tuple that begins with them, and labels of shape
+                (samples,).
+
+        Returns:
+            One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1). F1 is that
+            of class 1 with two classes, macro-averaged with more.
+
+        Raises:
+            ImportError: The extra `metrics` is not installed.
+            ValueError: The logits do not have one column per label.
+        """
+        try:
+            from shrp_hf.tasks.metrics import measure
+        except ImportError as error:
+            raise ImportError(
+                "Computing metrics needs evaluate, scikit-learn and scipy: pip install 'shrp_hf[metrics]'"
+            ) from error
+        logits = prediction.predictions
+        logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
+        labels = np.asarray(prediction.label_ids).reshape(-1)
+        if logits.shape != (len(labels), self.num_labels):
+            raise ValueError(
+                f"`prediction` must hold logits of shape {(len(labels), self.num_labels)} for task {self.name!r}, "
+                f"got {logits.shape}. Build the model with `**task.config_kwargs`."
+            )
+        if self.is_regression:
+            return measure(self.metric_names, logits[:, 0].astype(np.float64), labels.astype(np.float64))
+        average = "binary" if self.num_labels == 2 else "macro"
+        return measure(self.metric_names, logits.argmax(axis=-1), labels, average)

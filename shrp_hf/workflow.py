@@ -1,0 +1,264 @@
+"""The main job end to end: fine-tune, convert, specialise, prune, save, open again in a new process, report."""
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from shrp_hf.plan import KeepPlan
+from shrp_hf.plots import plot_usage
+from shrp_hf.report import compare_models, evaluate_on, write_text
+from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.tasks.task import Task
+from shrp_hf.trainer import ShrpTrainer
+from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.usage import plan_by_usage, usage_table
+
+logger = logging.getLogger(__name__)
+
+_REOPEN = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "shrp_hf" not in sys.modules
+with torch.inference_mode():
+    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+"""
+
+
+@dataclass(frozen=True)
+class WorkflowOptions:
+    """How the main job trains.
+
+    Args:
+        num_expert_layers: Layers to convert, counted from the last; None: all but the first.
+        keep: Experts that stay in each converted layer.
+        dense_epochs: Epochs of fine-tuning before the conversion; 0 takes the model as it is.
+        balance_epochs_per_layer: Epochs of stage "balance" for each layer.
+        specialise_epochs: Epochs of stage "specialise".
+        recovery_epochs: Epochs after pruning.
+        dense_learning_rate: Learning rate of the dense fine-tuning.
+        learning_rate: Learning rate from the conversion on; a fresh router and expander want a high one.
+        batch_size: Sequences per step.
+        max_length: Longest sequence in tokens.
+        distil: Let the fine-tuned dense model teach the converted one.
+        seed: Seed of everything that is drawn.
+    """
+
+    num_expert_layers: int | None = None
+    keep: int = 1
+    dense_epochs: float = 3.0
+    balance_epochs_per_layer: float = 1.0
+    specialise_epochs: float = 2.0
+    recovery_epochs: float = 0.0
+    dense_learning_rate: float = 5e-5
+    learning_rate: float = 3e-4
+    batch_size: int = 32
+    max_length: int = 128
+    distil: bool = True
+    seed: int = 0
+
+
+class Workflow:
+    """One run of the main job in one output directory; a second run with the same options takes up what is there.
+
+    Args:
+        model_name: Hub id or directory of a plain checkpoint with its tokenizer.
+        task: What to learn.
+        output: Directory for `dense`, `routed`, `static` (each a loadable model), `report.md` and pictures.
+        options: How to train.
+
+    Raises:
+        ValueError: The directory holds a run with other options.
+    """
+
+    def __init__(self, model_name: str, task: Task, output: Path, options: WorkflowOptions) -> None:
+        self.model_name = model_name
+        self.task = task
+        self.output = output
+        self.options = options
+        output.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
+        self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
+
+    def _claim(self) -> None:
+        identity = {"model": self.model_name, "task": self.task.name, **asdict(self.options)}
+        path = self.output / "run.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != identity:
+            raise ValueError(
+                f"`output` {str(self.output)!r} holds a run with another model, task or options (see run.json): choose "
+                "another directory, or remove this one."
+            )
+        write_text(path, json.dumps(identity, indent=2) + "\n")
+
+    def run(self, say: Callable[[str], None] = logger.info) -> Path:
+        """Does the whole job; returns the path of the report."""
+        say("1/4 fine-tuning the dense model")
+        dense = self._stage("dense", self._train_dense)
+        say("2/4 converting layers and letting experts specialise")
+        routed = self._stage("routed", lambda: self._train_routed(dense))
+        say("3/4 pruning, saving, opening the result in a new process")
+        static = self._stage("static", lambda: self._prune(routed))
+        self.check_reopened(static)
+        say("4/4 measuring")
+        return self.report({"dense": dense, "routed": routed, "static": static})
+
+    def _stage(self, name: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        folder = self.output / name
+        if not (folder / "config.json").exists():  # written last, so its presence means that the model is whole
+            model = make().eval()
+            self.tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder, with_code=True)
+        return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    def _arguments(self, name: str, cls: type[TrainingArguments], **kwargs: Any) -> TrainingArguments:
+        return cls(
+            output_dir=str(self.output / "checkpoints" / name),
+            per_device_train_batch_size=self.options.batch_size,
+            per_device_eval_batch_size=2 * self.options.batch_size,
+            seed=self.options.seed,
+            save_strategy="epoch",
+            save_total_limit=1,
+            logging_steps=20,
+            warmup_steps=20,
+            train_sampling_strategy="group_by_length",
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **kwargs,
+        )
+
+    def _trained(self, trainer: Trainer) -> nn.Module:
+        checkpoint = Path(trainer.args.output_dir)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoint)) if checkpoint.is_dir() else None)
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def _train_dense(self) -> PreTrainedModel:
+        set_seed(self.options.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(self.model_name, **self.task.config_kwargs)
+        if self.options.dense_epochs == 0:
+            return to_shrp(model)
+        args = self._arguments(
+            "dense",
+            TrainingArguments,
+            num_train_epochs=self.options.dense_epochs,
+            learning_rate=self.options.dense_learning_rate,
+        )
+        return self._trained(
+            ShrpTrainer(to_shrp(model), args, train_dataset=self.data["train"], processing_class=self.tokenizer)
+        )
+
+    def _train_routed(self, dense: PreTrainedModel) -> PreTrainedModel:
+        options = self.options
+        num_layers = options.num_expert_layers or dense.config.num_hidden_layers - 1
+        args = self._arguments(
+            "routed",
+            ShrpTrainingArguments,
+            num_expert_layers=num_layers,
+            balance_epochs_per_layer=options.balance_epochs_per_layer,
+            specialise_epochs=options.specialise_epochs,
+            learning_rate=options.learning_rate,
+        )
+        student = AutoModelForSequenceClassification.from_pretrained(self.output / "dense")
+        trainer = ShrpTrainer(
+            student,
+            args,
+            train_dataset=self.data["train"],
+            processing_class=self.tokenizer,
+            teacher=dense if options.distil else None,
+        )
+        model = self._trained(trainer)
+        trainer.count_usage(self.data["validation"])
+        return model
+
+    def _prune(self, routed: PreTrainedModel) -> PreTrainedModel:
+        # The usage in the routed model was counted on held-out rows, so a run that is taken up prunes alike.
+        static = prune_heads(routed, plan_by_usage(routed, routed.usage(), keep=self.options.keep))
+        if self.options.recovery_epochs == 0:
+            return static
+        args = self._arguments(
+            "static",
+            ShrpTrainingArguments,
+            num_train_epochs=self.options.recovery_epochs,
+            learning_rate=self.options.dense_learning_rate,
+        )
+        teacher = AutoModelForSequenceClassification.from_pretrained(self.output / "dense")
+        return self._trained(
+            ShrpTrainer(
+                static,
+                args,
+                train_dataset=self.data["train"],
+                processing_class=self.tokenizer,
+                teacher=teacher if self.options.distil else None,
+            )
+        )
+
+    def check_reopened(self, model: PreTrainedModel) -> None:
+        """Opens `static` in a new process without importing shrp_hf, and compares the outputs.
+
+        Raises:
+            RuntimeError: It does not open, or its outputs differ.
+        """
+        rows = [self.task.test[i]["text"] for i in range(min(8, len(self.task.test)))]
+        inputs = dict(self.tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        with tempfile.TemporaryDirectory() as folder:
+            given, got = Path(folder, "inputs.pt"), Path(folder, "logits.pt")
+            torch.save(inputs, given)
+            command = [sys.executable, "-c", _REOPEN, str(self.output.resolve() / "static"), str(given), str(got)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+            if done.returncode:
+                raise RuntimeError(f"`static` does not open in a new process:\n{done.stderr}")
+            logits = torch.load(got, weights_only=True)
+        with torch.inference_mode():
+            expected = model.to("cpu")(**inputs).logits
+        if not torch.allclose(logits, expected, atol=1e-5, rtol=0):
+            raise RuntimeError(f"`static` gives other outputs in a new process, by up to {(logits - expected).abs().max()}.")
+
+    def report(self, models: dict[str, PreTrainedModel]) -> Path:
+        """Measures the models side by side and writes `report.md` and `usage.png`; returns the report's path."""
+        scores = {
+            name: evaluate_on(model, self.data["test"], self.task, self.tokenizer) for name, model in models.items()
+        }
+        routed, static = models["routed"], models["static"]
+        config = static.config
+        stay = tuple(tuple(config.heads_of(i)) for i in range(config.num_hidden_layers))
+        kept = KeepPlan(stay, config.num_attention_heads)
+        plot_usage(routed.usage(), self.output / "usage.png", kept)
+        path = self.output / "report.md"
+        text = f"""# {self.task.name}: dense, routed, static
+
+Base model: `{Path(self.model_name).name}`. Options: `run.json`.
+
+{compare_models(models, scores, self.task)}
+## Usage of the experts
+
+Share of held-out sequences in percent; the most used {self.options.keep} of each layer stayed.
+
+```
+{usage_table(routed.usage())}
+```
+
+Kept: {stay}
+
+![usage](usage.png)
+"""
+        write_text(path, text)
+        return path

@@ -1,0 +1,36 @@
+"""What every test stands on: no network, caches of its own, one thread per worker, a fixed seed."""
+
+import gc
+import os
+import random
+import tempfile
+
+_CACHES = tempfile.TemporaryDirectory(prefix="shrp-hf-tests-")
+# Set before Transformers is imported, which reads them once; processes that tests start inherit them.
+os.environ |= {
+    "HF_HOME": _CACHES.name,
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_frozen() -> None:
+    gc.freeze()  # Trainer collects garbage whenever it starts, and would look through all that was ever imported

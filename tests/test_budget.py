@@ -1,0 +1,136 @@
+"""A budget says a count, or finds by measuring the count that meets it."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shrp_hf.budget import Budget, KneeNotFoundError, find_knee
+
+
+def exact(message):
+    return f"^{re.escape(message)}$"
+
+
+def identity(count):
+    return count
+
+
+@pytest.mark.parametrize(
+    ("budget", "available", "count"),
+    [
+        (Budget.heads(5), 8, 5),
+        (Budget.fraction(0.5), 8, 4),
+        (Budget.fraction(0.3), 8, 2),
+        (Budget.fraction(0.5), 5, 3),
+        (Budget.fraction(1), 8, 8),
+    ],
+    ids=str,
+)
+def test_counts(budget, available, count):
+    assert budget.count(available) == count
+    assert not budget.is_measured
+
+
+@given(limit=st.integers(3, 40), high=st.integers(4, 40))
+def test_cost_budget_finds_the_largest_count_that_fits(limit, high):
+    measured = []
+    budget = Budget.flops(lambda plan: measured.append(plan) or 10.0 * plan, target=10 * limit + 5)
+    count, values = budget.search(identity, 3, high)
+    assert count == min(limit, high)
+    assert values[count] == 10 * count
+    assert len(measured) == len(set(measured)) <= 9
+
+
+@given(needed=st.integers(1, 40), high=st.integers(40, 60))
+def test_quality_budget_finds_the_smallest_count_that_holds_it(needed, high):
+    budget = Budget.quality(lambda plan: 0.8 if plan >= needed else 0.7, keep=0.99)
+    count, values = budget.search(identity, 1, high)
+    assert count == needed
+    assert values[count] >= 0.99 * values[high]
+
+
+@given(st.lists(st.floats(0.1, 1), min_size=2, max_size=30), st.floats(0.1, 1))
+def test_the_count_found_was_measured_and_meets_the_budget_even_on_noise(values, keep):
+    count, measured = Budget.quality(lambda plan: values[plan - 1], keep).search(identity, 1, len(values))
+    assert measured[count] >= keep * values[-1]
+    limit = max(values)
+    count, measured = Budget.latency(lambda plan: values[plan - 1], target=limit).search(identity, 1, len(values))
+    assert measured[count] <= limit
+
+
+def test_a_share_of_the_cost_is_of_the_unpruned_model():
+    count, _ = Budget.latency(lambda plan: 2.0 + plan, keep=0.5).search(identity, 1, 10)
+    assert count == 4
+
+
+def test_a_measured_knee_looks_at_few_counts():
+    measured = []
+    budget = Budget.knee(3, evaluate=lambda plan: measured.append(plan) or 1 - 2 ** (-plan / 10))
+    count, values = budget.search(identity, 4, 100)
+    assert budget.is_measured
+    assert measured == sorted(values)
+    assert (len(values), min(values), max(values)) == (16, 4, 100)
+    assert count in values
+    assert 10 < count < 50
+
+
+def test_the_knee_of_a_curve_without_one_carries_the_curve():
+    curve = [(k, 0.5) for k in range(2, 12)]
+    points = ", ".join(f"({k}, 0.5)" for k in range(2, 12))
+    message = (
+        "The curve of 10 points has no knee at `degree=2`: try another degree, or give a count (`Budget.heads`). The "
+        f"curve: {points}."
+    )
+    with pytest.raises(KneeNotFoundError, match=exact(message)) as error:
+        find_knee(curve, 2)
+    assert error.value.curve == tuple(curve)
+    with pytest.raises(KneeNotFoundError, match=re.escape("The curve of 3 points has no knee at `degree=6`")):
+        find_knee([(2, 0.1), (3, 0.5), (4, 0.6)], 6)
+
+
+COUNTED = "must be a positive whole number of heads, got"
+SHARE = "must be a share above 0 and at most 1, got"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Budget.heads(0), f"`count` {COUNTED} 0."),
+        (lambda: Budget.heads(2.5), f"`count` {COUNTED} 2.5."),
+        (lambda: Budget.heads(True), f"`count` {COUNTED} True."),
+        (lambda: Budget.fraction(0), f"`keep` {SHARE} 0."),
+        (lambda: Budget.fraction(1.5), f"`keep` {SHARE} 1.5."),
+        (lambda: Budget.fraction("0.5"), f"`keep` {SHARE} '0.5'."),
+        (lambda: Budget.quality(identity, keep=99), f"`keep` {SHARE} 99."),
+        (
+            lambda: Budget.quality(0.9),
+            "`evaluate` must be a callable that takes a plan and returns a number, got 0.9.",
+        ),
+        (
+            lambda: Budget.flops(1e9, keep=0.5),
+            "`measure` must be a callable that takes a plan and returns a number, got 1000000000.0.",
+        ),
+        (lambda: Budget.knee(7), "`degree` must be between 2 and 6, got 7."),
+        (lambda: Budget.parameters(), "Give either `target` or `keep`, got target=None and keep=None."),
+        (lambda: Budget.parameters(5, keep=0.5), "Give either `target` or `keep`, got target=5 and keep=0.5."),
+        (lambda: Budget.latency(identity, target=-1), "`target` must be a positive number, got -1."),
+        (lambda: Budget.heads(9).count(8), "`budget` keeps 9 heads, but must keep 1 to 8: so many are to choose from."),
+        (
+            lambda: Budget.flops(identity, target=2).search(identity, 3, 9),
+            "`budget` allows flops of 2, but the fewest heads (3) need 3: raise it, or lower `min_heads_per_layer`.",
+        ),
+        (
+            lambda: Budget.quality(lambda plan: 0.0).search(identity, 1, 9),
+            "`evaluate` gives the unpruned model 0.0, but its quality must be positive.",
+        ),
+        (
+            lambda: Budget.quality(lambda plan: float("nan")).search(identity, 1, 9),
+            "The measurement of a plan that keeps 9 heads is nan.",
+        ),
+    ],
+)
+def test_bad_budgets_are_refused(build, message):
+    with pytest.raises(ValueError, match=exact(message)):
+        build()

@@ -1,0 +1,136 @@
+"""The terms of distillation against values by hand, and in the trainer's loss."""
+
+import math
+import re
+
+import pytest
+import torch
+from transformers import BertForQuestionAnswering, TrainingArguments
+
+from shrp_hf.distillation import hidden_states_loss, logits_loss, student_logits
+from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
+from shrp_hf.surgery import to_shrp
+from shrp_hf.trainer import ShrpTrainer
+from shrp_hf.training_args import ShrpTrainingArguments
+from tests.tiny import NO_DROPOUT, SIZES, batch, same_state, tiny_bert, tiny_routed
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_logits_loss_by_hand(temperature):
+    student, teacher = [0.5, -1.0, 2.0], [1.0, 0.0, -0.5]
+
+    def softmax(logits):
+        powers = [math.exp(x / temperature) for x in logits]
+        return [power / sum(powers) for power in powers]
+
+    p, q = softmax(student), softmax(teacher)
+    expected = temperature**2 * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+    one = logits_loss(torch.tensor([student]), torch.tensor([teacher]), temperature)
+    assert one.item() == pytest.approx(expected, abs=1e-6)
+    two = logits_loss(torch.tensor([[student, teacher]]), torch.tensor([[teacher, teacher]]), temperature)
+    assert two.item() == pytest.approx(expected / 2, abs=1e-6)  # the mean over tokens, of which one agrees
+
+
+def test_logits_loss_of_a_regression_is_the_squared_error():
+    assert logits_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]]), 2.0).item() == 2.5
+
+
+def test_hidden_states_loss_by_hand():
+    student = [torch.full((1, 3, 2), 9.0), torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])]
+    teacher = [torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)]
+    assert hidden_states_loss(student, teacher, torch.tensor([[1, 1, 0]])).item() == (1 + 4 + 9 + 16) / 4
+    assert hidden_states_loss(student, teacher, None).item() == (1 + 4 + 9 + 16 + 81 + 81) / 6
+
+
+def test_logits_of_every_task_head():
+    start, end = torch.ones(1, 3), torch.zeros(1, 3)
+    assert student_logits({"logits": start, "hidden_states": None}) == [start]
+    assert student_logits({"start_logits": start, "end_logits": end}) == [start, end]
+
+
+def test_shapes_that_differ_are_refused():
+    message = (
+        "The teacher's logits have the shape (2, 4), the student's (2, 3): teacher and student must have the same labels."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        logits_loss(torch.zeros(2, 3), torch.zeros(2, 4), 2.0)
+    message = (
+        "The teacher has 2 layers of width 8, the student 1 of 4: set `distillation_hidden_states=0`, or take a teacher of "
+        "the same shape."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        hidden_states_loss([torch.zeros(1, 2, 4)] * 2, [torch.zeros(1, 2, 8)] * 3, None)
+
+
+def distilling(tmp_path, student, teacher, **options):
+    args = ShrpTrainingArguments(tmp_path, use_cpu=True, report_to="none", **options)
+    return ShrpTrainer(student.train(), args, teacher=teacher)
+
+
+WEIGHTS = {"distillation_logits": 0.5, "distillation_hidden_states": 0.25, "distillation_temperature": 3.0}
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: tiny_routed(2, **NO_DROPOUT), lambda: to_shrp(tiny_bert(**NO_DROPOUT))], ids=["routed", "dense"]
+)
+def test_training_loss_is_the_sum_of_its_terms(build, tmp_path):
+    student, teacher = build(), tiny_bert(num_labels=3, seed=5)
+    inputs = batch() | {"labels": torch.arange(5) % 3}
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    loss = distilling(tmp_path, student, teacher.train(), **WEIGHTS).compute_loss(student, dict(inputs))
+    output = student(**inputs, output_hidden_states=True)
+    with torch.no_grad():
+        taught = teacher.eval()(**batch(), output_hidden_states=True)
+    expected = (
+        output.loss
+        + 0.5 * logits_loss(output.logits, taught.logits, 3.0)
+        + 0.25 * hidden_states_loss(output.hidden_states, taught.hidden_states, inputs["attention_mask"])
+    )
+    torch.testing.assert_close(loss, expected)
+    assert (loss - output.loss).abs() > 0.01
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_terms_are_for_training_only(tmp_path):
+    student = tiny_routed(2)
+    trainer = distilling(tmp_path, student, tiny_bert(seed=5))
+    inputs = batch() | {"labels": torch.arange(5) % 3}
+    loss = trainer.compute_loss(student.eval(), dict(inputs))
+    torch.testing.assert_close(loss, student(**inputs).loss)
+
+
+def test_spans_are_distilled_at_both_ends(tmp_path):
+    student = tiny_routed(2, head=ShrpBertForQuestionAnswering, **NO_DROPOUT)
+    teacher = tiny_bert(BertForQuestionAnswering, seed=5)
+    trainer = distilling(tmp_path, student, teacher, distillation_hidden_states=0)
+    inputs = batch() | {"start_positions": torch.arange(5), "end_positions": torch.arange(5)}
+    loss, output = trainer.compute_loss(student, dict(inputs), return_outputs=True)
+    with torch.no_grad():
+        taught = teacher(**batch())
+    ends = (logits_loss(output[name], taught[name], 2.0) for name in ("start_logits", "end_logits"))
+    torch.testing.assert_close(loss, output.loss + sum(ends))
+
+
+def test_teacher_of_another_task_is_refused(tmp_path):
+    student, inputs = tiny_routed(2), batch() | {"labels": torch.arange(5) % 3}
+    trainer = distilling(tmp_path, student, tiny_bert(num_labels=4, seed=5))
+    with pytest.raises(ValueError, match=r"^The teacher's logits have the shape \(5, 4\), the student's \(5, 3\): "):
+        trainer.compute_loss(student, inputs)
+
+
+def test_smaller_teacher_teaches_by_logits_alone(tmp_path):
+    student, inputs = tiny_routed(2), batch() | {"labels": torch.arange(5) % 3}
+    teacher = tiny_bert(seed=5, num_hidden_layers=1, hidden_size=SIZES["hidden_size"] // 2)
+    with pytest.raises(ValueError, match="The teacher has 1 layers of width 16, the student 3 of 32"):
+        distilling(tmp_path, student, teacher).compute_loss(student, dict(inputs))
+    trainer = distilling(tmp_path, student, teacher, distillation_hidden_states=0)
+    assert trainer.compute_loss(student, dict(inputs)).isfinite()
+
+
+def test_defaults_hold_under_plain_arguments(tmp_path):
+    student, teacher, inputs = tiny_routed(2, **NO_DROPOUT), tiny_bert(seed=5), batch() | {"labels": torch.arange(5) % 3}
+    plain = ShrpTrainer(student.train(), TrainingArguments(tmp_path, use_cpu=True, report_to="none"), teacher=teacher)
+    ours = distilling(tmp_path, student, teacher)
+    torch.testing.assert_close(plain.compute_loss(student, dict(inputs)), ours.compute_loss(student, dict(inputs)))

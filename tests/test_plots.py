@@ -1,0 +1,146 @@
+import sys
+
+import pytest
+import torch
+
+from shrp_hf.plan import KeepPlan
+from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee, plot_quality_curve, plot_usage
+
+pytest.importorskip("matplotlib")
+
+PLAN = KeepPlan(kept=((0,), (1, 2)), num_heads=3)
+USAGE = {0: [5, 0, 1], 1: [2, 2, 2]}
+SCORES = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]
+POINTS = {"hies": [(2, 0.5, 0.4, 0.6), (4, 0.6, 0.5, 0.7)], "random": [(2, 0.3, 0.2, 0.4)]}
+PLANE = [[0.0, 0.0], [1.0, 0.0], [5.0, 5.0], [5.0, 6.0]]
+
+
+def size_of_png(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data[-8:-4] == b"IEND"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        pytest.param(lambda path: plot_usage(USAGE, path), id="usage"),
+        pytest.param(lambda path: plot_usage({1: [5, 1, 0]}, path, kept=PLAN), id="usage, kept"),
+        pytest.param(lambda path: plot_head_map(SCORES, PLAN, path), id="head map"),
+        pytest.param(lambda path: plot_head_map(1e-9 * torch.tensor(SCORES), PLAN, path), id="head map, small scores"),
+        pytest.param(lambda path: plot_head_map(torch.zeros(2, 3), PLAN, path), id="head map, all equal"),
+        pytest.param(lambda path: plot_quality_curve(POINTS, path, baseline=0.7), id="quality"),
+        pytest.param(lambda path: plot_clusters(PLANE, [0, 0, 1, 1], [0, 2], [1, 3], path), id="clusters"),
+        pytest.param(lambda path: plot_knee([2, 3, 4], [0.2, 0.8, 1.0], 3, path), id="knee"),
+        pytest.param(lambda path: plot_knee([2, 3, 4], [0.2, 0.4, 0.6], None, path), id="no knee"),
+    ],
+)
+def test_writes_a_png_and_nothing_else(plot, tmp_path):
+    target = tmp_path / "new" / "picture.png"
+    assert plot(target) == target
+    width, height = size_of_png(target)
+    assert min(width, height) > 300
+    assert [path.name for path in target.parent.iterdir()] == ["picture.png"]
+
+
+def test_the_suffix_chooses_the_format(tmp_path):
+    path = plot_usage(USAGE, tmp_path / "usage.svg")
+    assert "<svg" in path.read_text(encoding="utf-8")
+
+
+def test_outlines_what_is_kept(tmp_path):
+    colour = "#d1495b"
+    with_plan = plot_usage(USAGE, tmp_path / "a.svg", kept=PLAN).read_text(encoding="utf-8")
+    assert with_plan.count(f"stroke: {colour}") == PLAN.num_kept
+    assert colour not in plot_usage(USAGE, tmp_path / "b.svg").read_text(encoding="utf-8")
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    target = plot_usage(USAGE, tmp_path / "usage.png")
+    before = target.read_bytes()
+
+    def fail(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot_usage({0: [1, 1]}, target)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["usage.png"]
+
+
+@pytest.mark.parametrize(
+    ("usage", "kept", "message"),
+    [
+        ({}, None, "`usage`"),
+        ({0: [1, 2], 1: [1]}, None, "`usage`"),
+        ({0: [1, -1]}, None, "0 or more"),
+        ({0: [1, 2], 1: [0, 0]}, None, "some in every layer"),
+        ({0: [1, 2]}, PLAN, "2 layers of 3 heads"),
+        ({2: [1, 2, 3]}, PLAN, "layers up to 2"),
+    ],
+    ids=["empty", "ragged", "negative", "uncounted layer", "other experts", "layer missing in plan"],
+)
+def test_usage_that_does_not_fit_is_refused(usage, kept, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_usage(usage, tmp_path / "x.png", kept=kept)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[[0.1, 0.2], [0.3, 0.4]], [0.1, 0.2, 0.3], [[0.1, 0.2, float("nan")]] * 2, "scores"],
+    ids=["narrow", "flat", "nan", "text"],
+)
+def test_scores_of_another_shape_are_refused(scores, tmp_path):
+    with pytest.raises(ValueError, match="`scores`"):
+        plot_head_map(scores, PLAN, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({}, "at least one selector"),
+        ({"hies": []}, "hies"),
+        ({"hies": [(2, 0.5)]}, "4 in each row"),
+        ({"hies": [(2, 0.5, 0.6, 0.7)]}, "low <= quality <= high"),
+    ],
+    ids=["none", "no points", "no interval", "interval beside the value"],
+)
+def test_quality_points_that_do_not_fit_are_refused(points, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_quality_curve(points, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("points", "labels", "medoids", "kept", "message"),
+    [
+        ([[0.0, 0.0, 0.0]], [0], [0], [0], "`points`.*2 in each row"),
+        (PLANE, [0, 0, 1], [0, 2], [1], "`labels`.*4 heads, got 3"),
+        (PLANE, [0, 0, 1, 2], [0, 2], [1], "`labels`.*0 to 1, got 2"),
+        (PLANE, [0, 0, 1, 1], [0, 4], [1], "`medoids`.*got 4"),
+        (PLANE, [0, 0, 1, 1], [0, 2], [-1], "`kept`.*got -1"),
+    ],
+    ids=["3-D", "labels short", "label unknown", "medoid unknown", "kept unknown"],
+)
+def test_clusters_that_do_not_fit_are_refused(points, labels, medoids, kept, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_clusters(points, labels, medoids, kept, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("ks", "mss", "knee", "message"),
+    [([2, 3], [0.5], 2, "one length"), ([], [], None, "at least 1"), ([2, 3], [0.5, 0.6], 4, "2 to 3.*got 4")],
+    ids=["lengths", "empty", "knee elsewhere"],
+)
+def test_knee_that_does_not_fit_is_refused(ks, mss, knee, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_knee(ks, mss, knee, tmp_path / "x.png")
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"shrp-hf\[plots\]"):
+        plot_usage(USAGE, tmp_path / "x.png")
