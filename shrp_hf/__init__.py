@@ -1,11 +1,14 @@
 """Makes Transformer encoders smaller and faster by attention head; what it writes is a model anyone can load.
 
-Importing registers the Shrp classes with Transformers' Auto classes, and does nothing else.
+Importing registers the Shrp classes with Transformers' Auto classes, and tells PEFT where LoRA goes; it does nothing else.
 """
 
 import transformers
+from peft.utils import constants as _peft
 
 from shrp_hf._version import __version__
+from shrp_hf.budget import Budget
+from shrp_hf.dsp import DspCallback
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
 from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
@@ -46,7 +49,18 @@ from shrp_hf.models.modeling_shrp_roberta import (
 )
 from shrp_hf.models.modeling_shrp_vit import ShrpViTForImageClassification, ShrpViTModel
 from shrp_hf.plan import KeepPlan
+from shrp_hf.selectors import (
+    CahpSelector,
+    EntropySelector,
+    HiesSelector,
+    HisSelector,
+    MagnitudeSelector,
+    RandomSelector,
+    UsageSelector,
+)
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp, to_stock
+from shrp_hf.trainer import ShrpTrainer
+from shrp_hf.training_args import ShrpTrainingArguments, recovery_arguments
 
 for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaModel, ShrpViTModel):
     _config = _base.config_class
@@ -54,10 +68,20 @@ for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaM
     for _auto, _path in _base.auto_classes.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-del _base, _config, _auto, _path
+    _lora = [_path.rpartition(".")[2] for _path in (_base.head_map.projections[0], _base.head_map.projections[2])]
+    _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
+del _base, _config, _auto, _path, _lora
 
 __all__ = [
+    "Budget",
+    "CahpSelector",
+    "DspCallback",
+    "EntropySelector",
+    "HiesSelector",
+    "HisSelector",
     "KeepPlan",
+    "MagnitudeSelector",
+    "RandomSelector",
     "ShrpBertConfig",
     "ShrpBertForMaskedLM",
     "ShrpBertForMultipleChoice",
@@ -87,12 +111,16 @@ __all__ = [
     "ShrpRobertaForSequenceClassification",
     "ShrpRobertaForTokenClassification",
     "ShrpRobertaModel",
+    "ShrpTrainer",
+    "ShrpTrainingArguments",
     "ShrpViTConfig",
     "ShrpViTForImageClassification",
     "ShrpViTModel",
+    "UsageSelector",
     "__version__",
     "masked_heads",
     "prune_heads",
+    "recovery_arguments",
     "to_shrp",
     "to_stock",
 ]

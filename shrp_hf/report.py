@@ -67,7 +67,8 @@ def compare_models(
     return f"""{report_table(rows)}
 
 FLOPs and throughput: batch {batch_size} x {length} tokens, {torch.get_num_threads()} CPU threads, one run, median over
-{num_rounds} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole model, whose embeddings stay.
+{num_rounds} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole model,
+whose embeddings stay.
 
 Reported on {total} rows ({task.reported}), which chose nothing:
 

@@ -168,6 +168,11 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
 def _check_family(model: object) -> None:
     if not isinstance(model, PreTrainedModel) or model.config.model_type not in FAMILIES:
         raise ValueError(refusal(model))
+    if model.config.model_type.startswith("shrp_"):
+        raise ValueError(
+            f"`{type(model).__name__}` came with its own code (`trust_remote_code=True`): load it again after "
+            "`import shrp_hf`, without that option."
+        )
 
 
 def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:

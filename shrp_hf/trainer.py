@@ -69,7 +69,7 @@ class ShrpTrainer(Trainer):
             init = model_init
             # Trainer looks at how many parameters it takes: none, or the trial.
             model_init = wraps(init)(lambda *trial: self._with_expert_layers(init(*trial), args))
-        if train_dataset is not None and (getattr(args, "num_requested_layers", 0) or _is_routed(model)):
+        if train_dataset is not None and (bool(getattr(args, "num_requested_layers", False)) or _is_routed(model)):
             train_dataset, self._usage_dataset = _hold_out(train_dataset, args)
         super().__init__(
             model=model,

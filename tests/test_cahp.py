@@ -170,6 +170,7 @@ def test_frozen_layers_are_not_clustered():
 
 def test_salience_comes_from_the_first_quarter():
     model, batches = bert(), text_batches(8)
+    model.set_attn_implementation("eager")  # as the signatures need it: the same kernels, the same bits
     request = StatsRequest(importance=True)
     first = collect_head_stats(model, batches[:2], request).importance("batch")
     selector = CahpSelector(budget=Budget.heads(5), **OPTIONS)

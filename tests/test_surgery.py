@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
+from shrp_hf import KeepPlan, ShrpBertConfig, masked_heads, prune_heads, to_shrp, to_stock
 from tests.tiny import SIZES, batch, force_experts_, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)
@@ -201,6 +201,15 @@ def test_wrapped_model_is_refused(act):
     wrapped.config = wrapped.module.config
     with pytest.raises(ValueError, match=r"must be a Transformers model, got DataParallel around one. Unwrap it first"):
         act(wrapped)
+
+
+@pytest.mark.parametrize("act", [to_shrp, to_stock], ids=["to_shrp", "to_stock"])
+def test_model_of_remote_code_is_refused(act):
+    class Remote(transformers.BertModel):
+        config_class = ShrpBertConfig
+
+    with pytest.raises(ValueError, match=r"^`Remote` came with its own code .*: load it again after `import shrp_hf`"):
+        act(Remote(ShrpBertConfig(**SIZES)))
 
 
 @pytest.mark.parametrize(

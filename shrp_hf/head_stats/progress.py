@@ -42,9 +42,7 @@ class Progress:
         ValueError: The file belongs to another model or to another request.
     """
 
-    def __init__(
-        self, path: str | Path | None, model: PreTrainedModel, empty: HeadStats, salience_batches: int
-    ) -> None:
+    def __init__(self, path: str | Path | None, model: PreTrainedModel, empty: HeadStats, salience_batches: int) -> None:
         self.path = None if path is None else Path(path)
         self.stats, self.num_done, self._data_seen = empty, 0, ""
         if self.path is None:
@@ -53,7 +51,7 @@ class Progress:
         self._identity = {"model": model_fingerprint(model), "salience_batches": str(salience_batches)}
         if not self.path.exists():
             return
-        self.stats, extra = HeadStats.load(self.path)
+        self.stats, extra = HeadStats.load_with_texts(self.path)
         if self.stats.request != empty.request or extra.get("salience_batches") != str(salience_batches):
             raise self._refusal("was made for other measurements or another number of batches")
         if extra.get("model") != self._identity["model"] or self.stats.scored != empty.scored:

@@ -140,9 +140,7 @@ class HeadRecorder:
                 "their class does not follow it. Load the model with attn_implementation='eager'."
             )
         if loss is not None and not loss.isfinite():
-            raise ValueError(
-                f"The loss of batch {self._batch_index} is {loss.item()}: check its labels, or score in float32."
-            )
+            raise ValueError(f"The loss of batch {self._batch_index} is {loss.item()}: check its labels, or score in float32.")
         if not self._targets:
             return
         if loss is None:

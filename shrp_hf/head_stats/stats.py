@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 GRANULARITIES = ("sample", "token", "batch")
@@ -79,9 +79,7 @@ class HeadStats:
     sums: dict[str, torch.Tensor]
 
     @classmethod
-    def empty(
-        cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0
-    ) -> Self:
+    def empty(cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0) -> Self:
         """Statistics of no sample."""
         rows = sum(map(len, scored))
         sums = {}
@@ -175,20 +173,23 @@ class HeadStats:
         partial.replace(target)
 
     @classmethod
-    def load(cls, path: str | Path) -> tuple[Self, dict[str, str]]:
-        """Reads what `save` wrote: the statistics and the extra texts.
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote.
 
         Raises:
             ValueError: The file holds something else.
         """
+        return cls.load_with_texts(path)[0]
+
+    @classmethod
+    def load_with_texts(cls, path: str | Path) -> tuple[Self, dict[str, str]]:
+        """Reads what `save` wrote, and the texts beside it; see `load`."""
         try:
             with safe_open(path, framework="pt") as file:
                 extra = dict(file.metadata() or {})
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             shape = json.loads(extra.pop("head_stats"))
-            scored = tuple(tuple(heads) for heads in shape["scored"])
-            return cls(StatsRequest(**shape["request"]), scored, shape["num_heads"], sums), extra
-        except FileNotFoundError:
-            raise
-        except Exception as error:
+            request, scored = StatsRequest(**shape["request"]), tuple(map(tuple, shape["scored"]))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"`{path}` holds no head statistics ({error}): delete it, or name another.") from error
+        return cls(request, scored, shape["num_heads"], sums), extra
