@@ -87,8 +87,8 @@ def measure_scoring(num_rounds: int) -> list[Target]:
     model = BertForSequenceClassification(BertConfig(num_labels=NUM_CLASSES)).eval()
     targets = []
     for title, batches in {
-        "32 short sentences": calibration(32, 5, 45, 2),
-        "8 x 128": calibration(8, 64, 128, 2),
+        "32 short sentences": calibration(32, 5, 45, 1),
+        "8 x 128": calibration(8, 64, 128, 1),
     }.items():
         runs = (
             lambda batches=batches: collect_head_stats(model, batches, HIES),

@@ -28,7 +28,10 @@ SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.
 
 @app.callback()
 def options(verbose: Annotated[bool, typer.Option("--verbose", help="Show the trace of an error.")] = False) -> None:
-    """Makes Transformer encoders smaller and faster by attention head."""
+    """Makes Transformer encoders smaller and faster by attention head.
+
+    Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
+    """
 
 
 @app.command()

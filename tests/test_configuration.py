@@ -130,7 +130,9 @@ def test_field_that_is_nearly_ours_is_refused(typed, meant):
         ),
         pytest.param({"expert_layers": [1, 1]}, "`expert_layers` names a layer twice: [1, 1].", id="layer twice"),
         pytest.param(
-            {"pending_layers": [9]}, "`pending_layers` names layer 9, but the model's layers are 0 to 2.", id="pending too high"
+            {"pending_layers": [9]},
+            "`pending_layers` names layer 9, but the model's layers are 0 to 2.",
+            id="pending too high",
         ),
         pytest.param(
             {"pending_layers": [1], "routed": False},

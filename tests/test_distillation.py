@@ -12,7 +12,7 @@ from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
 from shrp_hf.surgery import to_shrp
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
-from tests.tiny import NO_DROPOUT, SIZES, batch, same_state, tiny_bert, tiny_routed
+from tests.tiny import NO_DROPOUT, SIZES, batch, tiny_bert, tiny_routed
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -35,7 +35,8 @@ def gradients_of_losses(rank: int = 0, wrapping: str | None = None) -> dict:
     share = {name: value.chunk(2)[rank] if wrapping else value for name, value in inputs.items()}
     for loss in LOSSES:
         model = tiny_routed(2, dtype=torch.float64, **NO_DROPOUT).train()
-        output = in_parallel(model, wrapping)(**share)
+        parallel = in_parallel(model, wrapping)  # held here: the backward pass finds it by a weak reference
+        output = parallel(**share)
         output[loss].backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found[loss] = {name: g.full_tensor() if wrapping == "fsdp" else g for name, g in gradients.items()}

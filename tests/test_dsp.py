@@ -67,13 +67,15 @@ def hooks_of(model):
 
 
 class Watch(TrainerCallback):
-    """Calls a function at the end of every step."""
+    """Calls a function at the beginning, before the batches, and at the end of every step."""
 
     def __init__(self, look):
         self.look = look
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.look(state.global_step, kwargs["model"])
+        self.look(kwargs["model"])
+
+    on_step_begin = on_step_end
 
 
 class TestRelaxedTopK:
@@ -99,8 +101,9 @@ class TestRelaxedTopK:
         (taken * torch.randn(3, 4)).sum().backward()
         assert scores.grad.isfinite().all()
 
-    def test_hard_limit_is_the_top_k_of_the_perturbed_scores(self):
-        scores = torch.randn(5, 6, dtype=torch.float64) - torch.empty(5, 6).exponential_().log()
+    @pytest.mark.parametrize("spread", [0.1, 1.0, 5000.0])
+    def test_hard_limit_is_the_top_k_of_the_perturbed_scores(self, spread):
+        scores = spread * torch.randn(5, 6, dtype=torch.float64) - torch.empty(5, 6).exponential_().log()
         taken = relaxed_top_k(scores, 7, 1e-8)
         assert set(taken.flatten().topk(7).indices.tolist()) == set(scores.flatten().topk(7).indices.tolist())
         assert taken.round().equal(taken)
@@ -151,12 +154,11 @@ def test_evaluation_in_training_uses_the_hard_choice(tmp_path):
     tokens, seen = data[0]["input_ids"][None], []
 
     @torch.no_grad()
-    def look(step, model):
+    def look(model):
         model.eval()
         inside = model(tokens).logits
         model.train()
-        heads = {(layer, head) for layer, kept in enumerate(dsp._choose().kept) for head in kept}
-        assert len(heads) == 4
+        assert dsp._choose().num_kept == 4
         seen.append((inside, dsp._choose()))
 
     trained(tmp_path, dsp, model, data=data, others=[Watch(look)], max_steps=5)
@@ -164,7 +166,7 @@ def test_evaluation_in_training_uses_the_hard_choice(tmp_path):
     for inside, plan in seen:
         with masked_heads(model, plan), torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, inside)
-    assert len(seen) == 5
+    assert len(seen) == 10
 
 
 @pytest.mark.parametrize(
@@ -283,6 +285,8 @@ def test_temperature_falls_log_linearly():
 
 
 def test_noise_follows_from_seed_and_step(tmp_path):
+    generators = [DspCallback(5, seed=seed)._generator(step) for seed in (0, 1) for step in (-1, 0, 1)]
+    assert len({torch.rand(1, dtype=torch.float64, generator=generator).item() for generator in generators}) == 6
     data = own_outputs(listening_model())
     first, same, other = (DspCallback(5, seed=seed) for seed in (1, 1, 2))
     for dsp in (first, same, other):
@@ -314,7 +318,7 @@ def test_another_family(tmp_path):
 
 
 def test_release_after_a_training_that_broke_off(tmp_path):
-    def fail(step, model):
+    def fail(model):
         raise InterruptedError
 
     dsp, model = DspCallback(5, "pipelined"), listening_model()
