@@ -25,7 +25,8 @@ test-floor:  # the fast tests with the oldest releases that setup.cfg allows
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.foundation
+	$(BIN)/python -m benchmarks.foundation --threads 2
+	$(BIN)/python -m benchmarks.posthoc --threads 2
 
 clean:
 	rm -rf $(VENV) .venv-floor out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -54,9 +54,7 @@ class Target:
     def row(self) -> str:
         """Returns a row of the Markdown table."""
         sign = ">=" if self.at_least else "<="
-        return (
-            f"| {self.name} | {sign} {self.bound:.2f}x | {self.measured:.3f}x | {'yes' if self.is_met else '**no**'} |"
-        )
+        return f"| {self.name} | {sign} {self.bound:.2f}x | {self.measured:.3f}x | {'yes' if self.is_met else '**no**'} |"
 
 
 def static(num_layers: int) -> ShrpBertConfig:
@@ -89,9 +87,7 @@ def train_through_conversion() -> None:
         step()
 
 
-def shown(
-    run: Callable[..., dict[str, Timing]], title: str, models: dict[str, nn.Module], *args: int, **kwargs: int
-) -> dict:
+def shown(run: Callable[..., dict[str, Timing]], title: str, models: dict[str, nn.Module], *args: int, **kwargs: int) -> dict:
     """Runs a measurement behind a progress bar on stderr."""
     with tqdm(desc=title, unit="turn", leave=False) as bar:
 
@@ -147,9 +143,7 @@ def environment(num_threads: int) -> dict[str, str | int]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -177,9 +171,7 @@ def markdown(about: dict[str, str | int], targets: Sequence[Target], timings: Se
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for t in timings:
-        lines.append(
-            f"| {t.name} | {t.batch_size} x {t.length} | {1e3 * t.p50:.1f} | {1e3 * t.p95:.1f} | {t.spread:.1%} |"
-        )
+        lines.append(f"| {t.name} | {t.batch_size} x {t.length} | {1e3 * t.p50:.1f} | {1e3 * t.p95:.1f} | {t.spread:.1%} |")
     if max(timing.spread for timing in timings) > BUSY_SPREAD:
         lines += ["", f"**A spread is above {BUSY_SPREAD:.0%}: the machine was doing something else; run it again.**"]
     return "\n".join(lines) + "\n"

@@ -301,9 +301,7 @@ def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
         ValueError: `total` is below 1, or `num_correct` is not between 0 and `total`.
     """
     if total < 1 or not 0 <= num_correct <= total:
-        raise ValueError(
-            f"`num_correct` must be from 0 to `total`, and `total` at least 1, got {num_correct} of {total}."
-        )
+        raise ValueError(f"`num_correct` must be from 0 to `total`, and `total` at least 1, got {num_correct} of {total}.")
     share = num_correct / total
     spread = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
     scale = 1 + Z_95**2 / total

@@ -108,9 +108,7 @@ class Budget:
         return cls("flops", measure=_measure("measure", measure), **_limit(target, keep))
 
     @classmethod
-    def latency(
-        cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None
-    ) -> Self:
+    def latency(cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None) -> Self:
         """Keeps as many heads as run within `target` seconds, or within the share `keep` of the unpruned model's time.
 
         Args:
@@ -151,9 +149,7 @@ class Budget:
         share = self.target or 0
         count = int(share) if self.kind == "heads" else math.floor(share * available + 0.5)
         if not 1 <= count <= available:
-            raise ValueError(
-                f"`budget` keeps {count} heads, but must keep 1 to {available}: so many are to choose from."
-            )
+            raise ValueError(f"`budget` keeps {count} heads, but must keep 1 to {available}: so many are to choose from.")
         return count
 
     def search(self, plan_of: Callable[[int], Any], low: int, high: int, num_points: int = 16) -> tuple[int, dict]:
@@ -188,9 +184,7 @@ class Budget:
         limit = self.target if self.target is not None else self.keep * value(high)
         if self.kind == "quality":
             if limit <= 0:
-                raise ValueError(
-                    f"`evaluate` gives the unpruned model {value(high)}, but its quality must be positive."
-                )
+                raise ValueError(f"`evaluate` gives the unpruned model {value(high)}, but its quality must be positive.")
             return _bisect(lambda count: value(count) >= limit, low, high), measured
         if value(low) > limit:
             raise ValueError(

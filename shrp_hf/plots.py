@@ -203,9 +203,7 @@ def plot_knee(ks: Sequence[int], mss: Sequence[float], knee: int | None, path: s
     return _write(figure, path)
 
 
-def _matrix(
-    values: Sequence[Sequence[float]] | torch.Tensor, name: str, num_columns: int | None = None
-) -> torch.Tensor:
+def _matrix(values: Sequence[Sequence[float]] | torch.Tensor, name: str, num_columns: int | None = None) -> torch.Tensor:
     wanted = "a matrix of finite numbers" + (f", {num_columns} in each row" if num_columns else "")
     try:
         matrix = torch.as_tensor(values, dtype=torch.float64).detach().cpu()

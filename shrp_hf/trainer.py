@@ -399,5 +399,6 @@ def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[
         name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=options
     )
     if not hasattr(schedule, "lr_lambdas"):
+        name = getattr(name, "value", name)
         raise ValueError(f"`lr_scheduler_type={name}` cannot be laid over a stage: choose one such as linear or cosine.")
     return schedule.lr_lambdas[0]

@@ -179,9 +179,7 @@ def test_attention_is_restored_when_the_forward_pass_fails():
 
 def test_task_head_counts_in_flops():
     config = BertConfig(**TINY, num_labels=3)
-    head = count_flops(on_meta(BertForSequenceClassification, config), 2, 8) - count_flops(
-        on_meta(BertModel, config), 2, 8
-    )
+    head = count_flops(on_meta(BertForSequenceClassification, config), 2, 8) - count_flops(on_meta(BertModel, config), 2, 8)
     assert head == 2 * 2 * 16 * 3
 
 

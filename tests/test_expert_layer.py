@@ -15,8 +15,9 @@ from tests.tiny import NO_DROPOUT, SIZES, randomize_
 HIDDEN, HEADS, SIZE = SIZES["hidden_size"], SIZES["num_attention_heads"], 8
 
 
-def expert_layer(pending: bool = False, attention: str = "eager", **fields) -> ExpertLayer:
-    config = ShrpBertConfig(**SIZES, **NO_DROPOUT, expert_layers=[1], pending_layers=[1] if pending else [], **fields)
+def expert_layer(attention: str = "eager", **fields) -> ExpertLayer:
+    fields = NO_DROPOUT | {"expert_layers": [1]} | fields
+    config = ShrpBertConfig(**SIZES, **fields)
     config._attn_implementation = attention
     dense = BertLayer(BertConfig(**SIZES, **NO_DROPOUT))
     randomize_(dense)
@@ -24,6 +25,12 @@ def expert_layer(pending: bool = False, attention: str = "eager", **fields) -> E
     layer.expander.warm_start_(dense.attention.output.dense.weight.detach())
     randomize_(layer)
     return layer.train()
+
+
+def without_dropout(layer: ExpertLayer, x: torch.Tensor) -> torch.Tensor:
+    out = layer.eval()(x)[0]
+    layer.train()
+    return out
 
 
 def hidden_states(size: int = 4, length: int = 6) -> torch.Tensor:
@@ -127,6 +134,26 @@ def test_only_the_chosen_experts_are_computed():
     gradient = layer.attention.self.value.weight.grad.view(HEADS, -1)
     assert gradient[[0, 1, 3]].abs().max() == 0
     assert gradient[2].abs().min() > 0
+
+
+@pytest.mark.parametrize("is_routed", [True, False], ids=["routed", "static"])
+def test_hidden_dropout_falls_on_the_update(is_routed):
+    layer, x = expert_layer(hidden_dropout_prob=0.5), hidden_states()
+    if not is_routed:
+        layer.keep_experts_([1])
+    whole, dropped = without_dropout(layer, x) - x, layer(x)[0] - x
+    is_zero = dropped == 0
+    assert 0.4 < is_zero.double().mean() < 0.6
+    torch.testing.assert_close(dropped[~is_zero], 2 * whole[~is_zero], rtol=0, atol=1e-10)
+
+
+def test_attention_dropout_falls_on_the_attention_weights():
+    attention, x = expert_layer(attention_probs_dropout_prob=0.5).attention.self, hidden_states()
+    _, dropped = attention(x)
+    _, whole = attention.eval()(x)
+    is_zero = dropped == 0
+    assert 0.4 < is_zero.double().mean() < 0.6
+    torch.testing.assert_close(dropped[~is_zero], 2 * whole[~is_zero], rtol=0, atol=1e-10)
 
 
 class CountOps(TorchDispatchMode):

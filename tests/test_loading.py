@@ -129,9 +129,28 @@ def test_implementation_of_attention_and_precision_are_chosen_on_loading(tmp_pat
 # --- plain checkpoints ---
 
 
-def test_plain_checkpoint_equals_bert(tmp_path):
+def as_saved(folder):
+    pass
+
+
+def with_the_names_of_old(folder):
+    """As in bert-base-uncased: LayerNorm has a gamma and a beta, and the positions are in the file."""
+    state = load_file(folder / WEIGHTS)
+    for new, old in (("weight", "gamma"), ("bias", "beta")):
+        state = {name.replace(f"LayerNorm.{new}", f"LayerNorm.{old}"): value for name, value in state.items()}
+    save_file(state | {"bert.embeddings.position_ids": torch.arange(40)[None]}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize("rewrite", [as_saved, with_the_names_of_old, as_pickle])
+def test_plain_checkpoint_equals_bert(rewrite, tmp_path):
     stock = tiny_bert()
     stock.save_pretrained(tmp_path)
+    rewrite(tmp_path)
     model = ShrpBertForSequenceClassification.from_pretrained(tmp_path)
     assert same_state(model, stock)
     assert torch.equal(logits_of(realigned(model)), logits_of(stock))

@@ -152,7 +152,11 @@ def test_layers_that_are_not_there_are_refused(options, message, tmp_path):
 
 def test_pruned_model_is_not_converted(tmp_path):
     model = prune_heads(bert(), {0: [1]})
-    with pytest.raises(ValueError, match=r"^`expert_layers=\[2\]` cannot be converted: this model is already pruned"):
+    message = (
+        "`expert_layers=[2]` cannot be converted: this model is already pruned, and a warm start needs all heads. Convert "
+        "the unpruned checkpoint."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         trainer_for(tmp_path, model, num_expert_layers=1)
 
 
@@ -306,5 +310,6 @@ def test_learning_rate_is_constant_in_balance_then_decays(options, expected, tmp
 def test_schedule_that_cannot_be_laid_over_a_stage_is_refused(tmp_path):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "num_expert_layers": 1}
     trainer = trainer_for(tmp_path, extra={"eval_dataset": DATA[:8]}, **options)
-    with pytest.raises(ValueError, match="cannot be laid over a stage: choose one such as linear or cosine"):
+    message = "`lr_scheduler_type=reduce_lr_on_plateau` cannot be laid over a stage: choose one such as linear or cosine."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         trainer.train()

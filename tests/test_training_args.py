@@ -8,6 +8,9 @@ from transformers import HfArgumentParser
 
 from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
 
+# The old name of the option works with every release that we support.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
 
 def arguments(**options):
     return ShrpTrainingArguments("out", use_cpu=True, report_to="none", **options)

@@ -3,7 +3,6 @@
 import copy
 import logging
 import re
-import warnings
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from shrp_hf.training_args import ShrpTrainingArguments
 from tests.tiny import examples, force_experts_, randomize_, same_state, tiny_routed
 from tests.tiny_training import DATA, SHRP, STOCK, bert, trainer_for
 
+# The old name of the option works with every release that we support.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 ALL = (0, 1, 2, 3)
 
 
@@ -26,9 +27,7 @@ ALL = (0, 1, 2, 3)
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str)
 def test_resumed_training_is_uninterrupted_training(options, tmp_path):
     options = {"num_expert_layers": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None} | options
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option's old name, which works with every release
-        whole = trainer_for(tmp_path, **options)
+    whole = trainer_for(tmp_path, **options)
     whole.train()
     steps, plan = whole.state.global_step, whole.usage_plan(keep=2)
     resume_at = (1, 4, 6, 9) if options.get("gradient_accumulation_steps") else (5, 6, 7, 12, 16)
@@ -71,7 +70,6 @@ def test_logs_carry_stage_losses_usage_and_entropy(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_usage_is_that_of_stage_specialise(options, tmp_path):
     trainer = trainer_for(tmp_path, num_expert_layers=2, **options)
     trainer.train()

@@ -255,6 +255,14 @@ class ShrpModelMixin:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # Transformers does not say which weights: look, in order to tell a damaged encoder from another task head.
+            look = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **look)
+            model._check_encoder_weights(pretrained_model_name_or_path, info)
+            raise
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
@@ -272,12 +280,18 @@ class ShrpModelMixin:
         marker = f"{self.head_map.layers}."
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = [key if isinstance(key, str) else key[0] for key in info.get(problem) or ()]
-            names = sorted(name for name in names if marker in name)
+            names = sorted(name for name in names if marker in name and not self._is_left_empty(name))
             if names:
                 raise ValueError(
                     f"`{source}` does not fit its config: {len(names)} encoder weights are {problem.removesuffix('_keys')}, "
                     f"the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
                 )
+
+    def _is_left_empty(self, name: str) -> bool:
+        """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
+        layer, _, path = name.partition(f"{self.head_map.layers}.")[2].partition(".")
+        paths = (*self.head_map.projections, self.head_map.output)
+        return not self.config.heads_of(int(layer)) and path.rpartition(".")[0] in paths
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
         """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.

@@ -186,9 +186,7 @@ class Selector(ABC):
         is_measured_knee = budget.kind == "knee" and budget.is_measured
         if budget.kind not in self.budget_kinds and not is_measured_knee:
             known = ", ".join(f"Budget.{kind}" for kind in self.budget_kinds)
-            hint = (
-                " (a knee of measured quality, Budget.knee(evaluate=...), suits all)" if budget.kind == "knee" else ""
-            )
+            hint = " (a knee of measured quality, Budget.knee(evaluate=...), suits all)" if budget.kind == "knee" else ""
             raise ValueError(f"{type(self).__name__} does not take Budget.{budget.kind}: it takes {known}{hint}.")
 
 

@@ -51,9 +51,7 @@ class CahpSelector(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.per_layer:
-            raise ValueError(
-                "`per_layer=True` does not suit CAHP: its clusters reach over layers. Take another selector."
-            )
+            raise ValueError("`per_layer=True` does not suit CAHP: its clusters reach over layers. Take another selector.")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
 
@@ -87,9 +85,7 @@ class CahpSelector(Selector):
         """
         choice, clusters = self._scored_choice(), self._scored_clusters()
         if not 1 <= count <= choice.available:
-            raise ValueError(
-                f"`budget` asks for {count} clusters, but there are {choice.available} heads to choose from."
-            )
+            raise ValueError(f"`budget` asks for {count} clusters, but there are {choice.available} heads to choose from.")
         self.labels = clusters.labels(count)
         order = sorted(range(len(self.rows)), key=lambda row: (-self._salience(row), row))
         best: dict[int, tuple[int, int]] = {}

@@ -81,9 +81,7 @@ def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed
             )
         distances = np.sqrt(squared).astype(np.float32).astype(np.float64)
         start = _principal_components(inner)
-        tsne = TSNE(
-            perplexity=perplexity, max_iter=max_iter, random_state=seed, metric="precomputed", init=start, n_jobs=1
-        )
+        tsne = TSNE(perplexity=perplexity, max_iter=max_iter, random_state=seed, metric="precomputed", init=start, n_jobs=1)
         return tsne.fit_transform(distances).astype(np.float64)
 
 

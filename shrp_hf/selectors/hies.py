@@ -45,9 +45,7 @@ class HiesSelector(HisSelector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha == "search" and not (callable(self.evaluate) and len(self.grid)):
-            raise ValueError(
-                '`alpha="search"` needs `evaluate`, a callable that takes a plan and returns its quality.'
-            )
+            raise ValueError('`alpha="search"` needs `evaluate`, a callable that takes a plan and returns its quality.')
         for alpha in self.grid if self.alpha == "search" else (self.alpha,):
             if isinstance(alpha, str | bool) or not 0 <= alpha < 1:
                 raise ValueError(f'`alpha` must be in [0, 1) or "search", got {alpha!r}.')
@@ -67,9 +65,7 @@ class HiesSelector(HisSelector):
             return super().plan(budget)
         kind = (budget or self.budget).kind
         if kind in ("quality", "knee"):
-            raise ValueError(
-                f'`alpha="search"` compares plans of one size, which Budget.{kind} does not fix: give alpha.'
-            )
+            raise ValueError(f'`alpha="search"` compares plans of one size, which Budget.{kind} does not fix: give alpha.')
         self._scored_choice()
         self.alpha_curve, plans = {}, {}
         for alpha in self.grid:
