@@ -29,7 +29,7 @@ class ShrpTrainer(Trainer):
 
     With `ShrpTrainingArguments` that name layers, a stock BERT model is converted (it lives in `trainer.model`) and a
     slice of the training set is set aside for `usage_plan`. With plain `TrainingArguments` nothing is converted. Layers
-    that are expert layers already are only trained.
+    that are expert layers already are only trained, also with a slice set aside.
 
     Args:
         model: A stock or Shrp model.
@@ -308,6 +308,8 @@ class ShrpTrainer(Trainer):
         Returns:
             Layer index -> number of sequences per expert (with Top-k, each sequence counts for k experts).
         """
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(f"`dataset` must have a length to be counted once, got {type(dataset).__name__}.")
         model = self._shrp_model()
         rank, world = self.args.process_index, self.args.world_size
         # Trainer's own loaders repeat sequences until the processes have equal shares, which would count them twice.
@@ -400,5 +402,7 @@ def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[
     )
     if not hasattr(schedule, "lr_lambdas"):
         name = getattr(name, "value", name)
-        raise ValueError(f"`lr_scheduler_type={name}` cannot be laid over a stage: choose one such as linear or cosine.")
+        raise ValueError(
+            f"The learning-rate schedule `{name}` cannot be laid over a stage: choose one such as linear or cosine."
+        )
     return schedule.lr_lambdas[0]

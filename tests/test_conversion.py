@@ -286,6 +286,12 @@ def pending():
             id="converting one twice",
         ),
         pytest.param(
+            pending,
+            lambda m: m.convert_layers_(["2"]),
+            "`expert_layers` must be a number of layers or a list of their indices, got ['2'].",
+            id="a name",
+        ),
+        pytest.param(
             routed_and_cut,
             lambda m: m(torch.ones(2, 5, dtype=torch.long), attention_mask=torch.ones(2, 1, 5, 5)),
             "A routed model needs an `attention_mask` of shape (batch, length), got (2, 1, 5, 5).",

@@ -55,6 +55,7 @@ def shrink(state, name):
     [
         pytest.param(drop, "missing", "bert.encoder.layer.1.expander.dense.weight", id="missing"),
         pytest.param(drop, "missing", "bert.encoder.layer.0.attention.self.key.bias", id="missing in an ordinary layer"),
+        pytest.param(drop, "missing", "bert.embeddings.word_embeddings.weight", id="missing embeddings"),
         pytest.param(add, "unexpected", "bert.encoder.layer.1.router.weight", id="unexpected"),
     ],
 )

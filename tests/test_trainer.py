@@ -310,6 +310,9 @@ def test_learning_rate_is_constant_in_balance_then_decays(options, expected, tmp
 def test_schedule_that_cannot_be_laid_over_a_stage_is_refused(tmp_path):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "num_expert_layers": 1}
     trainer = trainer_for(tmp_path, extra={"eval_dataset": DATA[:8]}, **options)
-    message = "`lr_scheduler_type=reduce_lr_on_plateau` cannot be laid over a stage: choose one such as linear or cosine."
+    message = (
+        "The learning-rate schedule `reduce_lr_on_plateau` cannot be laid over a stage: choose one such as linear or "
+        "cosine."
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         trainer.train()

@@ -1,7 +1,6 @@
 """What the Shrp models of all families share: building from the config, converting, pruning, loading and saving."""
 
 import json
-import operator
 import os
 import shutil
 import sys
@@ -106,16 +105,7 @@ class ShrpModelMixin:
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
             raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
-        if isinstance(layers, int):
-            if isinstance(layers, bool) or not 1 <= layers <= total:
-                raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
-            layers = range(total - layers, total)
-        layers = [operator.index(i) for i in layers]
-        for i in layers:
-            if not 0 <= i < total:
-                raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
-        if not layers or len(set(layers)) != len(layers):
-            raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {layers}.")
+        layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):
             raise ValueError(
                 f"`expert_layers={layers}` cannot be converted: this model is already pruned, and a warm start needs all "
@@ -277,10 +267,16 @@ class ShrpModelMixin:
     def _check_encoder_weights(self, source: Any, info: Mapping) -> None:
         if self.config.kept_heads is None and not self.config.expert_layers and not self.config.pending_layers:
             return
-        marker = f"{self.head_map.layers}."
+        layers = f"{self.head_map.layers}."
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = [key if isinstance(key, str) else key[0] for key in info.get(problem) or ()]
-            names = sorted(name for name in names if marker in name and not self._is_left_empty(name))
+            # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
+            others = () if problem == "unexpected_keys" else ("embeddings.",)
+            names = sorted(
+                name
+                for name in names
+                if (layers in name and not self._is_left_empty(name)) or any(other in name for other in others)
+            )
             if names:
                 raise ValueError(
                     f"`{source}` does not fit its config: {len(names)} encoder weights are {problem.removesuffix('_keys')}, "
@@ -376,6 +372,23 @@ def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, to
     for name, buffer in source.named_buffers():  # those that no state dict holds would stay where they were built
         owner, _, attribute = name.rpartition(".")
         target.get_submodule(owner)._buffers[attribute] = buffer
+
+
+def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
+    """Spells out `expert_layers`: a number n is the last n of `total` layers."""
+    if isinstance(layers, int):
+        if isinstance(layers, bool) or not 1 <= layers <= total:
+            raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
+        layers = range(total - layers, total)
+    layers = list(layers)
+    for i in layers:
+        if not isinstance(i, int):
+            raise ValueError(f"`expert_layers` must be a number of layers or a list of their indices, got {layers}.")
+        if not 0 <= i < total:
+            raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {layers}.")
+    return layers
 
 
 def _publish(staged: Path, target: Path) -> None:
