@@ -38,6 +38,7 @@ class PruneOptions:
         keep_quality: Share of the unpruned quality that stays, measured on held-out rows.
         knee_degree: Polynomial degree of CAHP's knee.
         alpha: Weight of importance in HIES.
+        signature_size: Side of CAHP's resized attention maps: 32 for short sentences, 48 for pairs in the paper.
         calibration_samples: Training rows to score on; CAHP's paper takes all, HIES' 32.
         per_layer: Spread the heads evenly over the layers.
         min_heads_per_layer: Heads that every layer keeps.
@@ -53,6 +54,7 @@ class PruneOptions:
     keep_quality: float | None = None
     knee_degree: int | None = None
     alpha: float | None = None
+    signature_size: int = 32
     calibration_samples: int = 1024
     per_layer: bool = False
     min_heads_per_layer: int = 1
@@ -83,6 +85,8 @@ class PruneOptions:
             kwargs["per_layer"] = self.per_layer
         if self.selector in ("random", "cahp"):
             kwargs["seed"] = self.seed
+        if self.selector == "cahp":
+            kwargs["signature_size"] = self.signature_size
         if self.alpha is not None:
             if self.selector != "hies":
                 raise ValueError(f"`alpha={self.alpha}` belongs to the selector hies, not to {self.selector!r}.")

@@ -245,7 +245,7 @@ class Workflow:
         path = self.output / "report.md"
         text = f"""# {self.task.name}: dense, routed, static
 
-Base model: `{Path(self.model_name).name}`. Options: `run.json`.
+Base model: `{"/".join(Path(self.model_name).parts[-2:])}`. Options: `run.json`.
 
 {compare_models(models, scores, self.task)}
 ## Usage of the experts

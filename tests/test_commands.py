@@ -1,0 +1,171 @@
+"""The commands, from a plain checkpoint and a folder of data to a model that loads."""
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertTokenizer
+from typer.testing import CliRunner
+
+from shrp_hf import cli
+from shrp_hf.plan import KeepPlan
+from shrp_hf.posthoc import PruneOptions
+from shrp_hf.selectors import SELECTORS
+from shrp_hf.tasks import load_task
+from shrp_hf.workflow import Workflow, WorkflowOptions
+from tests.tiny import tiny_bert
+
+GOOD, BAD = ("good", "great", "fine", "warm"), ("bad", "dull", "poor", "cold")
+FILLERS = ("the", "film", "is", "very", "and", "a", "story")
+QUICK = WorkflowOptions(
+    num_expert_layers=1, dense_epochs=1, specialise_epochs=1, recovery_epochs=1, batch_size=8, max_length=16
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "SST-2"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train.tsv", 64), ("test.tsv", 24)):
+        lines = ["sentence\tlabel"]
+        for i in range(count):
+            words = [FILLERS[j] for j in torch.randint(len(FILLERS), (4,), generator=generator).tolist()]
+            mood = (GOOD if i % 2 else BAD)[torch.randint(4, (1,), generator=generator).item()]
+            lines.append(f"{' '.join(words)} {mood} {name[:2]}{i}\t{i % 2}")
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    tiny_bert(num_labels=2, max_position_embeddings=40).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def run(*words):
+    return CliRunner().invoke(cli.app, list(map(str, words)))
+
+
+def test_train_ends_with_three_models_and_a_report_and_takes_up_what_is_there(plain, data_dir, tmp_path):
+    task = load_task("sst2", data_dir)
+    report = Workflow(plain, task, tmp_path, QUICK).run()
+    assert {"dense", "routed", "static", "report.md", "usage.png", "run.json"} <= {p.name for p in tmp_path.iterdir()}
+    names = ("dense", "routed", "static")
+    models = {name: AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in names}
+    assert [m.config.expert_layers for m in models.values()] == [[], [2], [2]]
+    assert models["routed"].config.routed
+    assert not models["static"].config.routed
+    assert sum(models["routed"].usage()[2]) == len(task.validation)
+    kept = models["static"].config.kept_heads[2]
+    assert kept == [max(range(4), key=lambda expert: models["routed"].usage()[2][expert])]
+    text = report.read_text(encoding="utf-8")
+    assert all(word in text for word in ("dense", "routed", "static", "Encoder + pooler", "Throughput", "95% interval"))
+
+    written = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in models}
+    (tmp_path / "static" / "config.json").unlink()  # as if killed before the last step was whole
+    Workflow(plain, task, tmp_path, QUICK).run()
+    again = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in models}
+    assert again["dense"] == written["dense"]
+    assert again["routed"] == written["routed"]
+    assert again["static"] > written["static"]
+    message = "holds a run with another model, task or options"
+    with pytest.raises(ValueError, match=message):
+        Workflow(plain, task, tmp_path, WorkflowOptions())
+
+
+@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"usage", "cahp"}))
+def test_prune_writes_a_smaller_model_by_every_selector(selector, plain, data_dir, tmp_path):
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", selector, "--keep", 0.5)
+    result = run(*words, "--output", tmp_path, "--calibration-samples", 32, "--max-length", 16)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    plan = KeepPlan.from_json(tmp_path / "plan.json")
+    assert plan.num_kept == 6
+    assert model.config.kept_heads == [list(heads) for heads in plan.kept]
+    assert (tmp_path / "heads.png").exists()
+    assert "6 of 12 heads stay" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_prune_by_cahp_draws_its_plane(plain, data_dir, tmp_path):
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "cahp", "--heads", 5)
+    result = run(*words, "--output", tmp_path, "--signature-size", 4, "--recovery-epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert KeepPlan.from_json(tmp_path / "plan.json").num_kept >= 5
+    assert (tmp_path / "clusters.png").exists()
+
+
+def test_prune_by_measured_quality(plain, data_dir, tmp_path):
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--keep-quality", 0.5, "--output", tmp_path)
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert 3 <= KeepPlan.from_json(tmp_path / "plan.json").num_kept <= 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(
+            {"selector": "hise", "keep": 0.5},
+            "`selector` must be one of cahp, entropy, hies, his, magnitude, random, usage, got 'hise'.",
+            id="unknown selector",
+        ),
+        pytest.param(
+            {},
+            "Give exactly one of `keep`, `heads`, `keep_quality`, `knee_degree`, got none.",
+            id="no budget",
+        ),
+        pytest.param(
+            {"keep": 0.5, "heads": 3},
+            "Give exactly one of `keep`, `heads`, `keep_quality`, `knee_degree`, got ['keep', 'heads'].",
+            id="two budgets",
+        ),
+        pytest.param(
+            {"selector": "his", "keep": 0.5, "alpha": 0.3},
+            "`alpha=0.3` belongs to the selector hies, not to 'his'.",
+            id="alpha without hies",
+        ),
+    ],
+)
+def test_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        PruneOptions(**options).make_selector(lambda plan: 0.0)
+    assert str(error.value) == message
+
+
+def test_inspect_prints_layers_and_the_three_counts(plain):
+    result = run("inspect", plain)
+    assert result.exit_code == 0, result.output
+    assert "ordinary" in result.output
+    assert "encoder + pooler" in result.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "train", "prune", "demo"])
+def test_help_has_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"shrp-hf {command}" in result.output
+
+
+def test_error_is_one_line_and_exit_code_1(plain, monkeypatch, capsys, tmp_path):
+    words = ["shrp-hf", "prune", plain, "--dataset", "sst3", "--data-dir", str(tmp_path), "--keep", "0.5", "--output", "x"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    captured = capsys.readouterr().err
+    assert captured.startswith("Error:")
+    assert "Traceback" not in captured
+
+
+def test_run_json_holds_what_was_run(plain, data_dir, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    Workflow(plain, load_task("sst2", data_dir), tmp_path, QUICK)
+    identity = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert identity["model"] == plain
+    assert identity["num_expert_layers"] == 1
