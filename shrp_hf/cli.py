@@ -211,7 +211,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         if "--verbose" in sys.argv:
             raise
-        Console(stderr=True).print(f"[red]Error:[/] {error}", highlight=False)
+        Console(stderr=True).print("[red]Error:[/]", str(error), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

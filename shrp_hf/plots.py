@@ -53,7 +53,7 @@ def plot_head_map(scores: Sequence[Sequence[float]] | torch.Tensor, plan: KeepPl
     """Draws the score of every head, higher = keep, with the kept ones outlined.
 
     Args:
-        scores: Shape (layers, heads).
+        scores: Shape (layers, heads); NaN, a head there was no choice about, stays blank.
         plan: The heads that stay.
         path: Where to; the suffix chooses the format.
 
@@ -61,7 +61,7 @@ def plot_head_map(scores: Sequence[Sequence[float]] | torch.Tensor, plan: KeepPl
         ValueError: `scores` is no matrix of finite numbers, or has another shape than `plan`.
         ImportError: matplotlib is not installed.
     """
-    scores = _matrix(scores, "scores")
+    scores = _matrix(scores, "scores", blanks=True)
     if scores.shape != (plan.num_layers, plan.num_heads):
         raise ValueError(
             f"`scores` must have the plan's shape ({plan.num_layers}, {plan.num_heads}), got {tuple(scores.shape)}."
@@ -203,15 +203,18 @@ def plot_knee(ks: Sequence[int], mss: Sequence[float], knee: int | None, path: s
     return _write(figure, path)
 
 
-def _matrix(values: Sequence[Sequence[float]] | torch.Tensor, name: str, num_columns: int | None = None) -> torch.Tensor:
+def _matrix(
+    values: Sequence[Sequence[float]] | torch.Tensor, name: str, num_columns: int | None = None, blanks: bool = False
+) -> torch.Tensor:
     wanted = "a matrix of finite numbers" + (f", {num_columns} in each row" if num_columns else "")
     try:
         matrix = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must be {wanted}: {error}.") from error
     fits = matrix.dim() == 2 and matrix.numel() and num_columns in (None, matrix.shape[1])
-    if not fits or not matrix.isfinite().all():
-        finite = bool(matrix.isfinite().all())
+    known = matrix[~matrix.isnan()] if blanks else matrix
+    finite = bool(known.isfinite().all()) and known.numel() > 0
+    if not fits or not finite:
         raise ValueError(f"`{name}` must be {wanted}, got shape {tuple(matrix.shape)}, all finite: {finite}.")
     return matrix
 
@@ -233,7 +236,8 @@ def _grid_figure(num_rows: int, num_columns: int) -> "tuple[Figure, Axes]":
 def _heat_map(
     figure: "Figure", axes: "Axes", values: torch.Tensor, layers: Sequence[int], meaning: str, decimals: int
 ) -> None:
-    image = axes.imshow(values.numpy(), cmap="Blues", aspect="auto", vmin=min(0.0, values.min().item()))
+    lowest = values[~values.isnan()].min().item()
+    image = axes.imshow(values.numpy(), cmap="Blues", aspect="auto", vmin=min(0.0, lowest))
     figure.colorbar(image, ax=axes, label=meaning, fraction=0.05, pad=0.02).outline.set_visible(False)
     axes.set_xticks(range(values.shape[1]), range(values.shape[1]))
     axes.set_yticks(range(len(layers)), layers)
@@ -246,6 +250,8 @@ def _heat_map(
     size = 8.5 if values.shape[1] <= 12 else 6.5
     for row, line in enumerate(values.tolist()):
         for column, value in enumerate(line):
+            if math.isnan(value):
+                continue
             colour = "white" if image.norm(value) > 0.55 else INK
             axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=size, color=colour)
 
@@ -260,7 +266,7 @@ def _outline(axes: "Axes", cells: Sequence[tuple[int, int]]) -> None:
 
 def _scaled(values: torch.Tensor) -> tuple[torch.Tensor, str, int]:
     """Returns values that print in a few characters, the words for their scale, and the decimals to print."""
-    largest = values.abs().max().item()
+    largest = values[~values.isnan()].abs().max().item()
     exponent = math.floor(math.log10(largest)) if largest else 0
     if -2 <= exponent <= 2:
         return values, "", 2 if exponent < 1 else 0

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 from typer.testing import CliRunner
 
-from shrp_hf import cli
+from shrp_hf import ShrpBertForSequenceClassification, cli
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions
 from shrp_hf.selectors import SELECTORS
@@ -105,6 +105,20 @@ def test_prune_by_measured_quality(plain, data_dir, tmp_path):
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert 3 <= KeepPlan.from_json(tmp_path / "plan.json").num_kept <= 12
+
+
+def test_prune_by_usage_leaves_a_static_encoder(plain, data_dir, tmp_path):
+    routed = ShrpBertForSequenceClassification.from_pretrained(plain, expert_layers=2)
+    for layer in (1, 2):
+        routed.layers[layer].router.usage += torch.tensor([1, 5, 2, 9])
+    routed.save_pretrained(tmp_path / "routed")
+    BertTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "routed")
+    words = ("prune", tmp_path / "routed", "--dataset", "sst2", "--data-dir", data_dir, "--selector", "usage")
+    result = run(*words, "--heads", 2, "--output", tmp_path / "static")
+    assert result.exit_code == 0, result.output
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "static")
+    assert model.config.kept_heads == [[0, 1, 2, 3], [3], [3]]
+    assert not model.config.routed
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_outlines_what_is_kept(tmp_path):
     assert colour not in plot_usage(USAGE, tmp_path / "b.svg").read_text(encoding="utf-8")
 
 
+def test_heads_without_a_choice_stay_blank(tmp_path):
+    scores = [[float("nan")] * 3, [0.1, 0.9, 0.5]]
+    path = plot_head_map(scores, KeepPlan(((0, 1, 2), (1,)), 3), tmp_path / "heads.svg")
+    assert "nan" not in path.read_text(encoding="utf-8").lower()
+
+
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     target = plot_usage(USAGE, tmp_path / "usage.png")
     before = target.read_bytes()
@@ -91,8 +97,8 @@ def test_usage_that_does_not_fit_is_refused(usage, kept, message, tmp_path):
 
 @pytest.mark.parametrize(
     "scores",
-    [[[0.1, 0.2], [0.3, 0.4]], [0.1, 0.2, 0.3], [[0.1, 0.2, float("nan")]] * 2, "scores"],
-    ids=["narrow", "flat", "nan", "text"],
+    [[[0.1, 0.2], [0.3, 0.4]], [0.1, 0.2, 0.3], [[0.1, 0.2, float("inf")]] * 2, "scores"],
+    ids=["narrow", "flat", "infinite", "text"],
 )
 def test_scores_of_another_shape_are_refused(scores, tmp_path):
     with pytest.raises(ValueError, match="`scores`"):
