@@ -101,7 +101,8 @@ class Workflow:
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
 
     def _claim(self) -> None:
-        identity = {"model": self.model_name, "task": self.task.name, **asdict(self.options)}
+        data = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
+        identity = {"model": self.model_name, **data, **asdict(self.options)}
         path = self.output / "run.json"
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != identity:
             raise ValueError(

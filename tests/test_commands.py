@@ -76,6 +76,8 @@ def test_train_ends_with_three_models_and_a_report_and_takes_up_what_is_there(pl
     assert again["static"] > written["static"]
     message = "holds a run with another model, task or options"
     with pytest.raises(ValueError, match=message):
+        Workflow(plain, load_task("sst2", data_dir, max_train=20), tmp_path, QUICK)
+    with pytest.raises(ValueError, match=message):
         Workflow(plain, task, tmp_path, WorkflowOptions())
 
 
