@@ -1,0 +1,38 @@
+"""The command line's application, and what its commands share."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+console = Console()
+
+ModelArgument = Annotated[str, typer.Argument(help="Hub id or directory of a model.")]
+DatasetOption = Annotated[
+    str, typer.Option(help="docstrings, a GLUE task, sst5, a directory of TSV files, or a Hub data set.")
+]
+DataDirOption = Annotated[Path | None, typer.Option(help="Directory with the task's files, read instead of the Hub.")]
+OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+@app.callback()
+def options(verbose: Annotated[bool, typer.Option("--verbose", help="Show the trace of an error.")] = False) -> None:
+    """Makes Transformer encoders smaller and faster by attention head.
+
+    Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
+    """
+
+
+def main() -> None:
+    """Runs the command; an error is one line and exit code 1, with `--verbose` also its trace."""
+    try:
+        app()
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if "--verbose" in sys.argv:
+            raise
+        Console(stderr=True).print("[red]Error:[/]", str(error), highlight=False, soft_wrap=True)
+        sys.exit(1)

