@@ -8,28 +8,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_usage
+from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
 from shrp_hf.report import compare_models, evaluate_on, write_text
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
 from shrp_hf.usage import plan_by_usage, usage_table
 
 logger = logging.getLogger(__name__)
@@ -51,29 +45,23 @@ class WorkflowOptions:
     Args:
         num_expert_layers: Layers to convert, counted from the last; None: all but the first.
         keep: Experts that stay in each converted layer.
+        recipe: How they are converted and recovered.
         dense_epochs: Epochs of fine-tuning before the conversion; 0 takes the model as it is.
-        balance_epochs_per_layer: Epochs of stage "balance" for each layer.
-        specialise_epochs: Epochs of stage "specialise".
-        recovery_epochs: Epochs after pruning.
         dense_learning_rate: Learning rate of the dense fine-tuning.
-        learning_rate: Learning rate from the conversion on; a fresh router and expander want a high one.
         batch_size: Sequences per step.
         max_length: Longest sequence in tokens.
-        distil: Let the fine-tuned dense model teach the converted one.
+        examples_per_epoch: Examples that count as an epoch; None: the whole training set.
         seed: Seed of everything that is drawn.
     """
 
     num_expert_layers: int | None = None
     keep: int = 1
+    recipe: Recipe = RECIPES["default"]
     dense_epochs: float = 3.0
-    balance_epochs_per_layer: float = 1.0
-    specialise_epochs: float = 2.0
-    recovery_epochs: float = 0.0
     dense_learning_rate: float = 5e-5
-    learning_rate: float = 3e-4
     batch_size: int = 32
     max_length: int = 128
-    distil: bool = True
+    examples_per_epoch: int | None = None
     seed: int = 0
 
 
@@ -99,6 +87,14 @@ class Workflow:
         self._claim()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
+        self.setup = Setup(
+            self.data,
+            self.tokenizer,
+            output / "checkpoints",
+            seed=options.seed,
+            batch_size=options.batch_size,
+            examples_per_epoch=options.examples_per_epoch,
+        )
 
     def _claim(self) -> None:
         data = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
@@ -118,7 +114,7 @@ class Workflow:
         say("2/4 converting layers and letting experts specialise")
         routed = self._stage("routed", lambda: self._train_routed(dense))
         say("3/4 pruning, saving, opening the result in a new process")
-        static = self._stage("static", lambda: self._prune(routed))
+        static = self._stage("static", lambda: self._prune(dense, routed))
         self.check_reopened(static)
         say("4/4 measuring")
         return self.report({"dense": dense, "routed": routed, "static": static})
@@ -131,86 +127,21 @@ class Workflow:
             model.save_pretrained(folder, with_code=True)
         return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
-    def _arguments(self, name: str, cls: type[TrainingArguments], **kwargs: Any) -> TrainingArguments:
-        return cls(
-            output_dir=str(self.output / "checkpoints" / name),
-            per_device_train_batch_size=self.options.batch_size,
-            per_device_eval_batch_size=2 * self.options.batch_size,
-            seed=self.options.seed,
-            save_strategy="epoch",
-            save_total_limit=1,
-            logging_steps=20,
-            warmup_steps=20,
-            train_sampling_strategy="group_by_length",
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            **kwargs,
-        )
-
-    def _trained(self, trainer: Trainer) -> nn.Module:
-        checkpoint = Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoint)) if checkpoint.is_dir() else None)
-        return trainer.accelerator.unwrap_model(trainer.model)
-
     def _train_dense(self) -> PreTrainedModel:
-        set_seed(self.options.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(self.model_name, **self.task.config_kwargs)
-        if self.options.dense_epochs == 0:
-            return to_shrp(model)
-        args = self._arguments(
-            "dense",
-            TrainingArguments,
-            num_train_epochs=self.options.dense_epochs,
-            learning_rate=self.options.dense_learning_rate,
-        )
-        return self._trained(
-            ShrpTrainer(to_shrp(model), args, train_dataset=self.data["train"], processing_class=self.tokenizer)
-        )
+        options = self.options
+        set_seed(options.seed)
+        model = to_shrp(AutoModelForSequenceClassification.from_pretrained(self.model_name, **self.task.config_kwargs))
+        return fine_tune(model, self.setup, options.dense_epochs, options.dense_learning_rate, name="dense")
 
     def _train_routed(self, dense: PreTrainedModel) -> PreTrainedModel:
-        options = self.options
-        num_layers = options.num_expert_layers or dense.config.num_hidden_layers - 1
-        args = self._arguments(
-            "routed",
-            ShrpTrainingArguments,
-            num_expert_layers=num_layers,
-            balance_epochs_per_layer=options.balance_epochs_per_layer,
-            specialise_epochs=options.specialise_epochs,
-            learning_rate=options.learning_rate,
-        )
-        student = AutoModelForSequenceClassification.from_pretrained(self.output / "dense")
-        trainer = ShrpTrainer(
-            student,
-            args,
-            train_dataset=self.data["train"],
-            processing_class=self.tokenizer,
-            teacher=dense if options.distil else None,
-        )
-        model = self._trained(trainer)
-        trainer.count_usage(self.data["validation"])
-        return model
+        total = dense.config.num_hidden_layers
+        layers = range(total - (self.options.num_expert_layers or total - 1), total)
+        return convert(dense, layers, self.setup, self.options.recipe, name="routed")
 
-    def _prune(self, routed: PreTrainedModel) -> PreTrainedModel:
+    def _prune(self, dense: PreTrainedModel, routed: PreTrainedModel) -> PreTrainedModel:
         # The usage in the routed model was counted on held-out rows, so a run that is taken up prunes alike.
         static = prune_heads(routed, plan_by_usage(routed, routed.usage(), keep=self.options.keep))
-        if self.options.recovery_epochs == 0:
-            return static
-        args = self._arguments(
-            "static",
-            ShrpTrainingArguments,
-            num_train_epochs=self.options.recovery_epochs,
-            learning_rate=self.options.dense_learning_rate,
-        )
-        teacher = AutoModelForSequenceClassification.from_pretrained(self.output / "dense")
-        return self._trained(
-            ShrpTrainer(
-                static,
-                args,
-                train_dataset=self.data["train"],
-                processing_class=self.tokenizer,
-                teacher=teacher if self.options.distil else None,
-            )
-        )
+        return recover(static, dense, self.setup, self.options.recipe, name="static")
 
     def check_reopened(self, model: PreTrainedModel) -> None:
         """Opens `static` in a new process without importing shrp_hf, and compares the outputs.

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from shrp_hf import ShrpBertForSequenceClassification, cli
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions
+from shrp_hf.recipes import Recipe
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.tasks import load_task
 from shrp_hf.workflow import Workflow, WorkflowOptions
@@ -19,7 +20,11 @@ from tests.tiny import tiny_bert
 GOOD, BAD = ("good", "great", "fine", "warm"), ("bad", "dull", "poor", "cold")
 FILLERS = ("the", "film", "is", "very", "and", "a", "story")
 QUICK = WorkflowOptions(
-    num_expert_layers=1, dense_epochs=1, specialise_epochs=1, recovery_epochs=1, batch_size=8, max_length=16
+    num_expert_layers=1,
+    recipe=Recipe("quick", specialise_epochs=1, recovery_epochs=1, distillation_logits=1, distillation_hidden_states=1),
+    dense_epochs=1,
+    batch_size=8,
+    max_length=16,
 )
 
 

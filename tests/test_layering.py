@@ -18,6 +18,7 @@ ROWS = (
     ("selectors",),
     ("tasks", "metrics", "distillation", "stages"),
     ("trainer", "dsp"),
+    ("recipes",),
     ("benchmark", "onnx_export"),
     ("plots", "model_card", "report", "demo"),
     ("workflow", "posthoc", "compare", "compress"),

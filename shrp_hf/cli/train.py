@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markdown import Markdown
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, SeedOption, app, console
+from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, RecipeOption, SeedOption, app, console
 
 if TYPE_CHECKING:
     from shrp_hf.tasks import Task
@@ -23,14 +23,15 @@ def train(
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
-    balance_epochs_per_layer: Annotated[float, typer.Option(help="Epochs of stage balance for each layer.")] = 1.0,
-    specialise_epochs: Annotated[float, typer.Option(help="Epochs of stage specialise.")] = 2.0,
-    recovery_epochs: Annotated[float, typer.Option(help="Epochs after pruning.")] = 0.0,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate from the conversion on.")] = 3e-4,
+    recipe: RecipeOption = "default",
+    balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Epochs of stage balance for each layer.")] = None,
+    specialise_epochs: Annotated[float | None, typer.Option(help="Epochs of stage specialise.")] = None,
+    recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate from the conversion on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
     max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
-    distil: Annotated[bool, typer.Option(help="Let the dense model teach the converted one.")] = True,
+    examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Fine-tunes, converts (SHRP), prunes and saves a model, and reports what it cost and brought.
@@ -40,6 +41,7 @@ def train(
 
     Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
     """
+    from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks.loading import load_task
     from shrp_hf.workflow import WorkflowOptions
 
@@ -47,14 +49,17 @@ def train(
     workflow_options = WorkflowOptions(
         num_expert_layers=num_expert_layers,
         keep=keep,
+        recipe=find_recipe(
+            recipe,
+            balance_epochs_per_layer=balance_epochs_per_layer,
+            specialise_epochs=specialise_epochs,
+            recovery_epochs=recovery_epochs,
+            learning_rate=learning_rate,
+        ),
         dense_epochs=dense_epochs,
-        balance_epochs_per_layer=balance_epochs_per_layer,
-        specialise_epochs=specialise_epochs,
-        recovery_epochs=recovery_epochs,
-        learning_rate=learning_rate,
         batch_size=batch_size,
         max_length=max_length,
-        distil=distil,
+        examples_per_epoch=examples_per_epoch,
         seed=seed,
     )
     _run(model, task, output, workflow_options)
@@ -69,13 +74,13 @@ def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
 
     Example: `shrp-hf demo --output out/demo`
     """
+    from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks.loading import load_task
     from shrp_hf.workflow import WorkflowOptions
 
     task = load_task("docstrings", seed=seed, max_train=2700)
-    workflow_options = WorkflowOptions(
-        dense_epochs=3, balance_epochs_per_layer=1, specialise_epochs=3, dense_learning_rate=1e-4, max_length=64, seed=seed
-    )
+    recipe = find_recipe("default", balance_epochs_per_layer=1, specialise_epochs=3, recovery_epochs=0)
+    workflow_options = WorkflowOptions(recipe=recipe, dense_learning_rate=1e-4, max_length=64, seed=seed)
     _run(str(_demo_model()), task, output, workflow_options)
 
 

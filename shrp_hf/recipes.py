@@ -1,0 +1,205 @@
+"""Recipes: how a dense model is fine-tuned, converted and recovered, the same for every method that is compared."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from shrp_hf.surgery import to_shrp
+from shrp_hf.trainer import ShrpTrainer
+from shrp_hf.training_args import ShrpTrainingArguments
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense model becomes a static SHRP model.
+
+    An epoch is `Setup.examples_per_epoch` examples where that is given, else the whole training set.
+
+    Args:
+        name: What tables and cards call it.
+        balance_epochs_per_layer: Epochs of stage "balance" for each layer.
+        specialise_epochs: Epochs of stage "specialise".
+        recovery_epochs: Epochs after the router and the other experts are gone.
+        learning_rate: From the conversion on; a fresh router and expander want a high one.
+        recovery_learning_rate: After pruning.
+        balance_coef: Weight of the balance loss in stage "balance".
+        experts_per_sequence: Top-k of the routers.
+        distillation_logits: Weight of the teacher's logits; 0: the teacher does not teach.
+        distillation_hidden_states: Weight of the teacher's hidden states.
+    """
+
+    name: str
+    balance_epochs_per_layer: float = 1.0
+    specialise_epochs: float = 2.0
+    recovery_epochs: float = 0.0
+    learning_rate: float = 3e-4
+    recovery_learning_rate: float = 3e-4
+    balance_coef: float = 0.1
+    experts_per_sequence: int = 1
+    distillation_logits: float = 0.0
+    distillation_hidden_states: float = 0.0
+
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model teaches."""
+        return self.distillation_logits > 0 or self.distillation_hidden_states > 0
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "default": Recipe("default", recovery_epochs=2.0, distillation_logits=1.0, distillation_hidden_states=1.0),
+    "paper": Recipe("paper"),
+}
+"""By name. "paper" is SHRP as published (arXiv 2512.20635): cross-entropy alone, nothing after pruning; its epochs and
+learning rate are not published in what we could read, so they are a reconstruction."""
+
+
+def find_recipe(name: str, **changes: Any) -> Recipe:
+    """Returns the recipe of that name, with the fields changed that are not None.
+
+    Raises:
+        ValueError: There is no recipe of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, got {name!r}.")
+    return replace(RECIPES[name], **{field: value for field, value in changes.items() if value is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What all trainings of one run share.
+
+    Args:
+        data: Tokenised splits "train" and "validation", as from `Task.tokenize`.
+        tokenizer: Pads the batches.
+        folder: Directory for checkpoints, a folder for each training.
+        seed: Seed of everything that is drawn.
+        batch_size: Sequences per step.
+        examples_per_epoch: Examples that count as an epoch, drawn without replacement from the whole training set; None:
+            all of it.
+        bf16: Train in bfloat16 autocast.
+        resumable: Save a checkpoint an epoch, and take the last one up.
+    """
+
+    data: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    seed: int = 0
+    batch_size: int = 32
+    examples_per_epoch: int | None = None
+    bf16: bool = False
+    resumable: bool = True
+
+    @property
+    def epoch(self) -> float:
+        """Length of an epoch as a share of the training set."""
+        rows = len(self.data["train"])
+        return 1.0 if self.examples_per_epoch is None else min(1.0, self.examples_per_epoch / rows)
+
+    def arguments(self, name: str, **kwargs: Any) -> ShrpTrainingArguments:
+        """Arguments of the training called `name`; epochs in `kwargs` are those of the training set."""
+        steps = max(1, int(self.epoch * len(self.data["train"]) / self.batch_size))
+        saving = {"save_strategy": "steps", "save_steps": steps, "save_total_limit": 1}
+        return ShrpTrainingArguments(
+            output_dir=str(self.folder / name),
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=2 * self.batch_size,
+            seed=self.seed,
+            logging_steps=20,
+            warmup_steps=20,
+            train_sampling_strategy="group_by_length",
+            report_to="none",
+            bf16=self.bf16,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **(saving if self.resumable else {"save_strategy": "no"}),
+            **kwargs,
+        )
+
+    def train(self, trainer: ShrpTrainer) -> PreTrainedModel:
+        """Trains, from the last checkpoint if there is one; returns the model, in evaluation mode."""
+        folder = Path(trainer.args.output_dir)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def fine_tune(
+    model: PreTrainedModel, setup: Setup, epochs: float, learning_rate: float, *, name: str, **kwargs: Any
+) -> PreTrainedModel:
+    """Trains a stock, dense, pruned or truncated model; returns it in evaluation mode.
+
+    Args:
+        model: The model; it is trained in place.
+        setup: What all trainings of the run share.
+        epochs: Epochs; 0 changes nothing.
+        learning_rate: At the start; it decays linearly.
+        name: Name of the training, for its checkpoints.
+        **kwargs: `teacher`, a fine-tuned model that teaches, and fields of `ShrpTrainingArguments`.
+    """
+    if not epochs:
+        return model.eval()
+    teacher = kwargs.pop("teacher", None)
+    args = setup.arguments(name, num_train_epochs=epochs * setup.epoch, learning_rate=learning_rate, **kwargs)
+    return setup.train(_trainer(model, args, setup, teacher))
+
+
+def recover(
+    model: PreTrainedModel, dense: PreTrainedModel, setup: Setup, recipe: Recipe, *, name: str = "recover"
+) -> PreTrainedModel:
+    """Trains a pruned or truncated model back by `recipe`, the same for every method; arguments as in `convert`."""
+    weights = _distillation(recipe)
+    if model.config.num_hidden_layers != dense.config.num_hidden_layers:
+        weights["distillation_hidden_states"] = 0.0  # a truncated model has fewer
+    teacher = dense if recipe.distils else None
+    return fine_tune(
+        model, setup, recipe.recovery_epochs, recipe.recovery_learning_rate, name=name, teacher=teacher, **weights
+    )
+
+
+def convert(
+    dense: PreTrainedModel, layers: Sequence[int], setup: Setup, recipe: Recipe, *, name: str = "convert"
+) -> PreTrainedModel:
+    """Converts layers of a copy of `dense` through both stages; usage is counted on the held-out rows.
+
+    Args:
+        dense: The fine-tuned dense model, which also teaches where the recipe says so.
+        layers: Indices of the layers.
+        setup: What all trainings of the run share.
+        recipe: How.
+        name: Name of the training, for its checkpoints.
+
+    Returns:
+        The routed model.
+    """
+    args = setup.arguments(
+        name,
+        expert_layers=list(layers),
+        balance_epochs_per_layer=recipe.balance_epochs_per_layer * setup.epoch,
+        specialise_epochs=recipe.specialise_epochs * setup.epoch,
+        balance_coef=recipe.balance_coef,
+        experts_per_sequence=recipe.experts_per_sequence,
+        learning_rate=recipe.learning_rate,
+        **_distillation(recipe),
+    )
+    trainer = _trainer(copy.deepcopy(dense).train(), args, setup, dense if recipe.distils else None)
+    model = setup.train(trainer)
+    trainer.count_usage(setup.data["validation"])
+    return model
+
+
+def _trainer(
+    model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | None
+) -> ShrpTrainer:
+    return ShrpTrainer(
+        to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
+    )
+
+
+def _distillation(recipe: Recipe) -> dict[str, float]:
+    names = ("distillation_logits", "distillation_hidden_states")
+    return {name: getattr(recipe, name) for name in names}
