@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
 from shrp_hf.distillation import hidden_states_loss, logits_loss, student_logits
 from shrp_hf.models.expert_layer import sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
+from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
 from shrp_hf.surgery import to_shrp
 from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 COLLAPSE_SHARE = 0.9
 
 
-class ShrpTrainer(Trainer):
+class ShrpTrainer(FiniteTrainer):
     """`Trainer` that converts layers to expert layers while it trains, then lets them specialise.
 
     With `ShrpTrainingArguments` that name layers, a stock BERT model is converted (it lives in `trainer.model`) and a

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("_version", "plan", "budget"),
+    ("_version", "plan", "budget", "numerics"),
     ("models",),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),

@@ -246,10 +246,19 @@ def test_signatures_of_a_task_without_classes_are_refused(options, shown):
 
 
 def test_nan_names_batch_and_layer():
+    advice = "Check that batch, or score in float32 if the model is in half precision."
     model = bert()
     model.classifier.bias.data.fill_(torch.nan)
-    message = "The loss of batch 0 is nan: check its labels, or score in float32."
-    with pytest.raises(ValueError, match=exact(message)):
+    weight = "the weight `classifier.bias` is not finite itself, so load a checkpoint from before that"
+    with pytest.raises(ValueError, match=exact(f"The loss of batch 0 is nan: {weight}. {advice}")):
+        collect_head_stats(model, text_batches(), IMPORTANCE)
+    model = bert()
+    calls = []
+    model.bert.encoder.layer[1].output.dense.register_forward_hook(
+        lambda module, args, output: output / (calls.append(0) or len(calls) < 3)
+    )
+    layer = "the first output that is not finite is that of `bert.encoder.layer.1.output.dense`"
+    with pytest.raises(ValueError, match=exact(f"The loss of batch 2 is nan: {layer}. {advice}")):
         collect_head_stats(model, text_batches(), IMPORTANCE)
     model = bert()
     model.bert.encoder.layer[1].attention.self.query.weight.data.fill_(torch.nan)

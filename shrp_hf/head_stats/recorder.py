@@ -131,7 +131,7 @@ class HeadRecorder:
             batch_size: Number of samples.
 
         Raises:
-            ValueError: There is no loss, it or a gradient is not finite, or attention maps came back empty.
+            ValueError: There is no loss, a gradient is not finite, or attention maps came back empty.
         """
         silent = sorted(self._rows.keys() - self._layers_seen) if self.stats.request.needs_attention_maps else []
         if silent:
@@ -139,8 +139,6 @@ class HeadRecorder:
                 f"Layers {silent} gave no attention maps for batch {self._batch_index}, though attention is eager: "
                 "their class does not follow it. Load the model with attn_implementation='eager'."
             )
-        if loss is not None and not loss.isfinite():
-            raise ValueError(f"The loss of batch {self._batch_index} is {loss.item()}: check its labels, or score in float32.")
         if not self._targets:
             return
         if loss is None:

@@ -13,6 +13,7 @@ from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.head_stats.progress import Progress
 from shrp_hf.head_stats.recorder import HeadRecorder
 from shrp_hf.head_stats.stats import HeadStats, StatsRequest
+from shrp_hf.numerics import origin_of
 
 
 def collect_head_stats(
@@ -125,6 +126,11 @@ def _score(
     recorder.begin(index, batch, targets)
     with torch.inference_mode(False), torch.set_grad_enabled(bool(targets)):
         loss = getattr(model(**batch, return_dict=True), "loss", None)
+        if loss is not None and not loss.isfinite():
+            raise ValueError(
+                f"The loss of batch {index} is {loss.item()}: {origin_of(model, batch)}. Check that batch, or score in "
+                "float32 if the model is in half precision."
+            )
         recorder.end(loss, batch_size)
 
 
