@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from shrp_hf.budget import Budget
+from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
 from shrp_hf.report import compare_models, evaluate_on, write_text
@@ -115,7 +116,7 @@ def prune_posthoc(
     """
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = to_shrp(AutoModelForSequenceClassification.from_pretrained(model_name)).eval()
+    model = to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, model_name)).eval()
     if model.config.num_labels != task.num_labels:
         raise ValueError(
             f"`{model_name}` predicts {model.config.num_labels} labels, but the task {task.name!r} has {task.num_labels}: "

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
@@ -130,7 +131,8 @@ class Workflow:
     def _train_dense(self) -> PreTrainedModel:
         options = self.options
         set_seed(options.seed)
-        model = to_shrp(AutoModelForSequenceClassification.from_pretrained(self.model_name, **self.task.config_kwargs))
+        stock = load_safely(AutoModelForSequenceClassification.from_pretrained, self.model_name, **self.task.config_kwargs)
+        model = to_shrp(stock)
         return fine_tune(model, self.setup, options.dense_epochs, options.dense_learning_rate, name="dense")
 
     def _train_routed(self, dense: PreTrainedModel) -> PreTrainedModel:

@@ -141,12 +141,7 @@ def with_the_names_of_old(folder):
     save_file(state | {"bert.embeddings.position_ids": torch.arange(40)[None]}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def as_pickle(folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-@pytest.mark.parametrize("rewrite", [as_saved, with_the_names_of_old, as_pickle])
+@pytest.mark.parametrize("rewrite", [as_saved, with_the_names_of_old])
 def test_plain_checkpoint_equals_bert(rewrite, tmp_path):
     stock = tiny_bert()
     stock.save_pretrained(tmp_path)

@@ -62,6 +62,12 @@ class ShrpConfigFields:
         self.check_layers()
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers; a newer format is refused first, because its fields may be of other types."""
+        _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Reads a config of this class or of the stock family it extends, and refuses any other by name."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -114,13 +120,10 @@ class ShrpConfigFields:
         Raises:
             ValueError: Names the field, its value and the way out.
         """
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"`format_version` is {self.format_version}, but this code reads versions up to {FORMAT_VERSION}: "
-                "install a newer shrp_hf."
-            )
-        if self.format_version < 1:
-            raise ValueError(f"`format_version` must be at least 1, got {self.format_version}.")
+        _check_version(self.format_version)
+        weights = getattr(self, "transformers_weights", None)
+        if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
+            raise ValueError(f"`transformers_weights={weights!r}` is no safetensors file: shrp_hf reads no other.")
         for name in ("is_decoder", "add_cross_attention"):
             if getattr(self, name, False):
                 raise ValueError(f"`{name}=True` is not supported: shrp_hf makes encoders smaller. Set it to False.")
@@ -179,3 +182,14 @@ class ShrpConfigFields:
                 )
             if layer in self.expert_layers and not heads:
                 raise ValueError(f"`kept_heads[{layer}]` is empty, but expert layer {layer} needs at least one expert.")
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, int):
+        raise ValueError(f"`format_version` must be a whole number, got {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"`format_version` is {version}, but this code reads versions up to {FORMAT_VERSION}: install a newer shrp_hf."
+        )
+    if version < 1:
+        raise ValueError(f"`format_version` must be at least 1, got {version}.")

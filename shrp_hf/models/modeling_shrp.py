@@ -17,11 +17,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
 from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
+from .safe_weights import SafeWeightsMixin
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
-class ShrpModelMixin:
+class ShrpModelMixin(SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
     head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
@@ -233,8 +234,8 @@ class ShrpModelMixin:
             **kwargs: As in Transformers (`dtype`, `attn_implementation`, `device_map`, `revision`, ...).
 
         Raises:
-            ValueError: Encoder weights of a Shrp checkpoint are missing, unexpected or misshapen; a file is damaged;
-                the checkpoint is of another family; or `expert_layers` does not fit it.
+            ValueError: Encoder weights of a Shrp checkpoint are missing, unexpected or misshapen; a file is damaged, or no
+                safetensors; the checkpoint is of another family; or `expert_layers` does not fit it.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
@@ -314,6 +315,8 @@ class ShrpModelMixin:
             super().save_pretrained(staged, *args, **kwargs)
             if with_code or getattr(self, "_ships_code", False):
                 self._write_code(Path(staged))
+            elif type(self)._auto_class is None:  # what a config names that was loaded with its code stays there
+                _write_auto_map(Path(staged), None)
             _publish(Path(staged), target)
 
     def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
@@ -328,10 +331,7 @@ class ShrpModelMixin:
         source = Path(sys.modules[type(self).__module__].__file__)
         for path in [source, *map(Path, get_relative_import_files(source))]:
             shutil.copyfile(path, folder / path.name)
-        config_path = folder / "config.json"
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        config["auto_map"] = dict(self.auto_classes)
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_auto_map(folder, self.auto_classes)
 
 
 class ShrpBaseMixin(ShrpModelMixin):
@@ -361,6 +361,16 @@ def auto_map(family: str, *heads: str) -> dict[str, str]:
     config, model = (f"{kind}_shrp_{family.lower()}.Shrp{family}" for kind in ("configuration", "modeling"))
     classes = {f"AutoModelFor{head}": f"{model}For{head}" for head in heads}
     return {"AutoConfig": f"{config}Config", "AutoModel": f"{model}Model"} | classes
+
+
+def _write_auto_map(folder: Path, classes: Mapping[str, str] | None) -> None:
+    """Lets `config.json` name these classes for Transformers' loader of remote code, and no others."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("auto_map", None) == classes:
+        return
+    config |= {"auto_map": dict(classes)} if classes else {}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
