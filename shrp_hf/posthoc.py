@@ -1,7 +1,7 @@
 """Post-hoc pruning end to end: score, choose, cut, recover, save, report."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    PreTrainedModel,
     set_seed,
 )
 
 from shrp_hf.budget import Budget
+from shrp_hf.head_stats import StatsRequest
+from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
-from shrp_hf.report import compare_models, evaluate_on, write_text
+from shrp_hf.record import Calibration, RunRecord, source_name
+from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
@@ -158,17 +160,26 @@ def prune_posthoc(
     say("3/3 measuring")
     models = {"unpruned": model, "pruned": pruned}
     scores = {name: evaluate_on(m, data["test"], task, tokenizer) for name, m in models.items()}
-    return _report(output, options, task, selector, plan, models, scores)
+    rows = measure_models(models, scores, task)
+    num_scored = min(options.calibration_samples, len(data["train"]))
+    record = RunRecord.of(
+        pruned,
+        rows,
+        scores,
+        task,
+        method=options.selector,
+        base_model=source_name(model_name),
+        options={name: value for name, value in asdict(options).items() if value is not None},
+        seeds=(options.seed,),
+        train_rows=len(data["train"]) if options.recovery_epochs else None,
+        calibration=Calibration(num_scored, "training rows") if selector.request != StatsRequest() else None,
+    )
+    write_card(output, record)
+    return _report(output, record, task, selector, plan, compare_models(rows, scores, task))
 
 
 def _report(
-    output: Path,
-    options: PruneOptions,
-    task: Task,
-    selector: Selector,
-    plan: KeepPlan,
-    models: Mapping[str, PreTrainedModel],
-    scores: Mapping[str, Mapping[str, float]],
+    output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str
 ) -> Path:
     plot_head_map(selector.scores, plan, output / "heads.png")
     pictures = "![heads](heads.png)\n"
@@ -178,16 +189,15 @@ def _report(
         medoids = selector.medoids.tolist()
         plot_clusters(selector.points.tolist(), labels, medoids, kept, output / "clusters.png")
         pictures += "![clusters](clusters.png)\n"
-        if options.knee_degree is not None:
+        if "knee_degree" in record.options:
             ks, mss = zip(*selector.curve, strict=True)
             plot_knee(ks, mss, len(medoids), output / "knee.png")
             pictures += "![knee](knee.png)\n"
-    given = {name: value for name, value in asdict(options).items() if value is not None}
-    text = f"""# {task.name}: {options.selector}
+    text = f"""# {task.name}: {record.method}
 
-{plan.num_kept} of {plan.num_layers * plan.num_heads} heads stay. Options: `{json.dumps(given)}`
+{plan.num_kept} of {plan.num_layers * plan.num_heads} heads stay. Options: `{json.dumps(record.options)}`
 
-{compare_models(models, scores, task)}
+{comparison}
 Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and about 20% of its FLOPs.
 
 {pictures}"""

@@ -1,10 +1,9 @@
 """Models side by side: quality on the reported split, parameters, FLOPs, measured speed."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -34,13 +33,13 @@ def evaluate_on(
     return {name: metrics[f"m_{name}"] for name in task.metric_names}
 
 
-def compare_models(
+def measure_models(
     models: Mapping[str, PreTrainedModel], scores: Mapping[str, Mapping[str, float]], task: Task, num_rounds: int = 5
-) -> str:
-    """Returns Markdown: a table of the models, measured in one run, how it was measured, and all metrics.
+) -> list[ModelReport]:
+    """Measures parameters, FLOPs and throughput of several models in one run.
 
     Args:
-        models: Name -> model; ratios are against the first.
+        models: Name -> model; ratios are against the first. They end on the CPU, in evaluation mode.
         scores: Name -> metrics on the reported split.
         task: The task.
         num_rounds: Rounds of the throughput measurement.
@@ -51,7 +50,7 @@ def compare_models(
     models = {name: model.to("cpu").eval() for name, model in models.items()}
     timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)
     total = len(task.test)
-    rows = [
+    return [
         ModelReport(
             name=name,
             parameters=count_parameters(model),
@@ -61,16 +60,27 @@ def compare_models(
         )
         for name, model in models.items()
     ]
+
+
+def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str, float]], task: Task) -> str:
+    """Returns Markdown: a table of the models, how they were measured, and all metrics.
+
+    Args:
+        rows: From `measure_models`; ratios are against the first.
+        scores: Name -> metrics on the reported split.
+        task: The task.
+    """
     metrics = "\n".join(
-        f"- {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[name].items()) for name in models
+        f"- {row.name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[row.name].items()) for row in rows
     )
+    timing = rows[0].timing
     return f"""{report_table(rows)}
 
-FLOPs and throughput: batch {batch_size} x {length} tokens, {torch.get_num_threads()} CPU threads, one run, median over
-{num_rounds} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole model,
-whose embeddings stay.
+FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {timing.num_threads} CPU threads, one run, median
+over {len(timing.seconds)} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole
+model, whose embeddings stay.
 
-Reported on {total} rows ({task.reported}), which chose nothing:
+Reported on {len(task.test)} rows ({task.reported}), which chose nothing:
 
 {metrics}
 """

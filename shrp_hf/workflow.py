@@ -18,11 +18,12 @@ from transformers import (
     set_seed,
 )
 
+from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
-from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
-from shrp_hf.report import compare_models, evaluate_on, write_text
+from shrp_hf.record import Calibration, RunRecord, source_name
+from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
 from shrp_hf.usage import plan_by_usage, usage_table
@@ -171,17 +172,28 @@ class Workflow:
         scores = {
             name: evaluate_on(model, self.data["test"], self.task, self.tokenizer) for name, model in models.items()
         }
+        rows = measure_models(models, scores, self.task)
         routed, static = models["routed"], models["static"]
-        config = static.config
-        stay = tuple(tuple(config.heads_of(i)) for i in range(config.num_hidden_layers))
-        kept = KeepPlan(stay, config.num_attention_heads)
-        plot_usage(routed.usage(), self.output / "usage.png", kept)
+        record = RunRecord.of(
+            static,
+            rows,
+            scores,
+            self.task,
+            method="shrp",
+            base_model=source_name(self.model_name),
+            options=asdict(self.options),
+            seeds=(self.options.seed,),
+            train_rows=len(self.task.train),
+            calibration=Calibration(len(self.task.validation), "rows held out of the training set"),
+        )
+        write_card(self.output / "static", record)
+        plot_usage(routed.usage(), self.output / "usage.png", record.kept)
         path = self.output / "report.md"
         text = f"""# {self.task.name}: dense, routed, static
 
-Base model: `{"/".join(Path(self.model_name).parts[-2:])}`. Options: `run.json`.
+Base model: `{record.base_model}`. Options: `run.json`.
 
-{compare_models(models, scores, self.task)}
+{compare_models(rows, scores, self.task)}
 ## Usage of the experts
 
 Share of held-out sequences in percent; the most used {self.options.keep} of each layer stayed.
@@ -190,7 +202,7 @@ Share of held-out sequences in percent; the most used {self.options.keep} of eac
 {usage_table(routed.usage())}
 ```
 
-Kept: {stay}
+Kept: {record.kept.kept}
 
 ![usage](usage.png)
 """

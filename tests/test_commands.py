@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from shrp_hf import ShrpBertForSequenceClassification, cli
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions
 from shrp_hf.recipes import Recipe
+from shrp_hf.record import Calibration, RunRecord
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.tasks import load_task
 from shrp_hf.workflow import Workflow, WorkflowOptions
@@ -72,6 +74,12 @@ def test_train_ends_with_three_models_and_a_report_and_takes_up_what_is_there(pl
     text = report.read_text(encoding="utf-8")
     assert all(word in text for word in ("dense", "routed", "static", "Encoder + pooler", "Throughput", "95% interval"))
 
+    card = ModelCard.load(tmp_path / "static" / "README.md")
+    record = RunRecord.from_json(tmp_path / "static" / "shrp_record.json")
+    assert [r.metric_value for r in card.data.eval_results] == [record.model.scores[0].value]
+    assert f"accuracy {record.model.scores[0].value:.4f}" in text
+    assert (record.method, record.calibration.rows, record.model.name) == ("shrp", len(task.validation), "static")
+
     written = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in models}
     (tmp_path / "static" / "config.json").unlink()  # as if killed before the last step was whole
     Workflow(plain, task, tmp_path, QUICK).run()
@@ -96,6 +104,10 @@ def test_prune_writes_a_smaller_model_by_every_selector(selector, plain, data_di
     assert plan.num_kept == 6
     assert model.config.kept_heads == [list(heads) for heads in plan.kept]
     assert (tmp_path / "heads.png").exists()
+    record = RunRecord.from_json(tmp_path / "shrp_record.json")
+    assert (record.method, record.kept, record.train_rows) == (selector, plan, None)
+    assert record.calibration == (None if selector in ("magnitude", "random") else Calibration(32, "training rows"))
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results[0].metric_value == record.model.scores[0].value
     assert "6 of 12 heads stay" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -166,7 +178,7 @@ def test_inspect_prints_layers_and_the_three_counts(plain):
     assert "encoder + pooler" in result.output
 
 
-@pytest.mark.parametrize("command", ["inspect", "train", "prune", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "train", "prune", "demo", "card"])
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
     ("_version", "plan", "budget", "numerics"),
-    ("models",),
+    ("models", "environment"),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
     ("selectors",),
@@ -20,7 +20,9 @@ ROWS = (
     ("trainer", "dsp"),
     ("recipes",),
     ("benchmark", "onnx_export"),
-    ("plots", "model_card", "report", "demo"),
+    ("plots", "report", "demo"),
+    ("record",),
+    ("model_card",),
     ("workflow", "posthoc", "compare", "compress"),
     ("cli", "__init__"),
 )

@@ -1,8 +1,9 @@
 """The command `shrp-hf`: a module a command, each registered by being imported."""
 
 from shrp_hf.cli.app import app, main
+from shrp_hf.cli.card import card
 from shrp_hf.cli.inspect import inspect
 from shrp_hf.cli.prune import prune
 from shrp_hf.cli.train import demo, train
 
-__all__ = ["app", "demo", "inspect", "main", "prune", "train"]
+__all__ = ["app", "card", "demo", "inspect", "main", "prune", "train"]
