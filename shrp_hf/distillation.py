@@ -1,9 +1,14 @@
 """What a student owes its teacher: the terms of knowledge distillation."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn import functional
+
+from shrp_hf.families import head_layout
 
 
 def logits_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -53,6 +58,59 @@ def hidden_states_loss(
         return error.mean()
     weights = token_mask.view_as(error).to(error.dtype)
     return (error * weights).sum() / weights.sum().clamp(min=1)
+
+
+def value_relations_loss(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """KL(teacher || student) between the relations of the values, softmax(V V^T / sqrt(width)), over layers and real tokens.
+
+    As in MiniLM (Wang et al. 2020, value-relation transfer), with one relation head, so that a layer with fewer heads
+    than the teacher's has something to compare, and in every layer instead of the last.
+
+    Args:
+        student: Values per layer, shape (batch, length, any width).
+        teacher: Values of the same layers, widths of their own.
+        token_mask: Shape (batch, length), 1 for real tokens.
+
+    Returns:
+        A scalar.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"The teacher has {len(teacher)} layers, the student {len(student)}: set `distillation_value_relations=0`, or "
+            "take a teacher with as many."
+        )
+    if token_mask is None:
+        token_mask = torch.ones(teacher[0].shape[:2], device=teacher[0].device)
+    weights = token_mask.to(torch.float32)
+    padding = (1 - weights[:, None, :]) * torch.finfo(torch.float32).min
+
+    def relations(values: torch.Tensor) -> torch.Tensor:
+        values = values.float()
+        return (values @ values.transpose(1, 2) / math.sqrt(values.shape[-1]) + padding).log_softmax(dim=-1)
+
+    losses = []
+    for s, t in zip(student, teacher, strict=True):
+        log_p, log_q = relations(s), relations(t)
+        losses.append((log_q.exp() * (log_q - log_p)).sum(dim=-1))  # (batch, length)
+    return (torch.stack(losses).mean(dim=0) * weights).sum() / weights.sum().clamp(min=1)
+
+
+@contextmanager
+def recorded_values(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yields a list to which a forward pass in the block adds each layer's values, shape (batch, length, width)."""
+    layout = head_layout(model)
+    values: list[torch.Tensor] = []
+    handles = [
+        layer.get_submodule(layout.head_map.projections[2]).register_forward_hook(lambda _, __, out: values.append(out))
+        for layer in layout.layers
+    ]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def student_logits(outputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -11,7 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
-from shrp_hf.distillation import hidden_states_loss, logits_loss, student_logits
+from shrp_hf.distillation import (
+    hidden_states_loss,
+    logits_loss,
+    recorded_values,
+    student_logits,
+    value_relations_loss,
+)
 from shrp_hf.models.expert_layer import sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.numerics import FiniteTrainer
@@ -40,7 +47,8 @@ class ShrpTrainer(FiniteTrainer):
         eval_dataset: As in Trainer; never used to choose experts.
         processing_class: As in Trainer.
         model_init: As in Trainer.
-        teacher: A model with the same labels whose logits and hidden states the student follows.
+        teacher: A model with the same labels that the student follows: its logits, hidden states and value
+            relations, each with its weight in the arguments.
         **kwargs: As in Trainer.
 
     Raises:
@@ -190,7 +198,8 @@ class ShrpTrainer(FiniteTrainer):
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self._recorded(self.accelerator.unwrap_model(model)) as values:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = torch.zeros_like(loss)
         balance = outputs.get("balance_loss")
         task = outputs.get("task_loss")
@@ -198,7 +207,7 @@ class ShrpTrainer(FiniteTrainer):
             # The labels were kept from the model (label smoothing, an own loss): its balance loss is not in the loss.
             extra = extra + self._shrp_model().config.router_aux_loss_coef * balance
         if self.teacher is not None:
-            extra = extra + self._teacher_loss(teacher_inputs, outputs, wants_hidden)
+            extra = extra + self._teacher_loss(teacher_inputs, outputs, wants_hidden, values)
         if self.compute_loss_func is not None:
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
         self._record(loss if task is None else task, balance, outputs.get("router_logits"))
@@ -208,15 +217,25 @@ class ShrpTrainer(FiniteTrainer):
     def _weight(self, name: str) -> float:
         return getattr(self.args, name, getattr(ShrpTrainingArguments, name))
 
-    def _teacher_loss(self, inputs: dict[str, Any], outputs: Any, wants_hidden: bool) -> torch.Tensor:
-        with torch.no_grad():
+    def _recorded(self, model: nn.Module) -> AbstractContextManager[list[torch.Tensor]]:
+        wants_values = self.teacher is not None and self._weight("distillation_value_relations") > 0
+        return recorded_values(model) if wants_values else nullcontext([])
+
+    def _teacher_loss(
+        self, inputs: dict[str, Any], outputs: Any, wants_hidden: bool, values: list[torch.Tensor]
+    ) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        with torch.no_grad(), self._recorded(self.teacher) as taught_values:
             taught = self.teacher(**inputs, output_hidden_states=wants_hidden)
         temperature = self._weight("distillation_temperature")
         pairs = zip(student_logits(outputs), student_logits(taught), strict=True)
         loss = self._weight("distillation_logits") * sum(logits_loss(s, t, temperature) for s, t in pairs)
         if wants_hidden:
-            hidden = hidden_states_loss(outputs.hidden_states, taught.hidden_states, inputs.get("attention_mask"))
+            hidden = hidden_states_loss(outputs.hidden_states, taught.hidden_states, mask)
             loss = loss + self._weight("distillation_hidden_states") * hidden
+        if values:
+            relations = value_relations_loss(values, taught_values, mask)
+            loss = loss + self._weight("distillation_value_relations") * relations
         return loss
 
     # --- logging ---

@@ -52,6 +52,7 @@ class ShrpTrainingArguments(TrainingArguments):
         usage_holdout: Share of the training set that is not trained on and on which `usage_plan` counts.
         distillation_logits: With a teacher: weight of the divergence of the logits, T^2 KL (MSE for regression).
         distillation_hidden_states: With a teacher: weight of the mean squared error of every layer's hidden states.
+        distillation_value_relations: With a teacher: weight of the divergence of every layer's value relations.
         distillation_temperature: Temperature T of the logits.
 
     Raises:
@@ -78,6 +79,7 @@ class ShrpTrainingArguments(TrainingArguments):
     usage_holdout: float = field(default=0.05, metadata={"help": "Share of the training set kept to count usage on."})
     distillation_logits: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
     distillation_hidden_states: float = field(default=1.0, metadata={"help": "Weight of hidden-state distillation."})
+    distillation_value_relations: float = field(default=0.0, metadata={"help": "Weight of value-relation distillation."})
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of logit distillation."})
 
     def __post_init__(self) -> None:
@@ -160,6 +162,7 @@ class ShrpTrainingArguments(TrainingArguments):
             "balance_coef",
             "distillation_logits",
             "distillation_hidden_states",
+            "distillation_value_relations",
         ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -7,7 +7,13 @@ import pytest
 import torch
 from transformers import BertForQuestionAnswering, TrainingArguments
 
-from shrp_hf.distillation import hidden_states_loss, logits_loss, student_logits
+from shrp_hf.distillation import (
+    hidden_states_loss,
+    logits_loss,
+    recorded_values,
+    student_logits,
+    value_relations_loss,
+)
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
 from shrp_hf.surgery import to_shrp
 from shrp_hf.trainer import ShrpTrainer
@@ -42,6 +48,34 @@ def test_hidden_states_loss_by_hand():
     assert hidden_states_loss(student, teacher, None).item() == (1 + 4 + 9 + 16 + 81 + 81) / 6
 
 
+def test_value_relations_loss_by_hand():
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 6)
+    lengths, total, count = (3, 2), 0.0, 0
+    for row, length in enumerate(lengths):
+        s, t = student[row, :length], teacher[row, :length]
+        p, q = (s @ s.T / 2).softmax(dim=-1), (t @ t.T / 6**0.5).softmax(dim=-1)
+        total += (q * (q / p).log()).sum().item()
+        count += length
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert value_relations_loss([student], [teacher], mask).item() == pytest.approx(total / count, abs=1e-5)
+    assert value_relations_loss([student, teacher], [teacher, teacher], mask).item() == pytest.approx(
+        total / count / 2, abs=1e-5
+    )
+    assert value_relations_loss([teacher], [teacher], None).item() == pytest.approx(0, abs=1e-6)
+    message = "The teacher has 2 layers, the student 1: set `distillation_value_relations=0`, or take a teacher with as many."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        value_relations_loss([student], [teacher] * 2, mask)
+
+
+def test_values_are_recorded_while_the_block_lasts():
+    model = tiny_routed(2)
+    with recorded_values(model) as values:
+        model(**batch())
+    assert [v.shape[-1] for v in values] == [32, 8, 8]  # all four heads of the ordinary layer, the one expert chosen
+    model(**batch())
+    assert len(values) == 3
+
+
 def test_logits_of_every_task_head():
     start, end = torch.ones(1, 3), torch.zeros(1, 3)
     assert student_logits({"logits": start, "hidden_states": None}) == [start]
@@ -67,7 +101,12 @@ def distilling(tmp_path, student, teacher, **options):
     return ShrpTrainer(student.train(), args, teacher=teacher)
 
 
-WEIGHTS = {"distillation_logits": 0.5, "distillation_hidden_states": 0.25, "distillation_temperature": 3.0}
+WEIGHTS = {
+    "distillation_logits": 0.5,
+    "distillation_hidden_states": 0.25,
+    "distillation_value_relations": 0.75,
+    "distillation_temperature": 3.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -78,13 +117,15 @@ def test_training_loss_is_the_sum_of_its_terms(build, tmp_path):
     inputs = batch() | {"labels": torch.arange(5) % 3}
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     loss = distilling(tmp_path, student, teacher.train(), **WEIGHTS).compute_loss(student, dict(inputs))
-    output = student(**inputs, output_hidden_states=True)
-    with torch.no_grad():
+    with recorded_values(student) as values:
+        output = student(**inputs, output_hidden_states=True)
+    with torch.no_grad(), recorded_values(teacher) as taught_values:
         taught = teacher.eval()(**batch(), output_hidden_states=True)
     expected = (
         output.loss
         + 0.5 * logits_loss(output.logits, taught.logits, 3.0)
         + 0.25 * hidden_states_loss(output.hidden_states, taught.hidden_states, inputs["attention_mask"])
+        + 0.75 * value_relations_loss(values, taught_values, inputs["attention_mask"])
     )
     torch.testing.assert_close(loss, expected)
     assert (loss - output.loss).abs() > 0.01
