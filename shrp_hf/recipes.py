@@ -29,10 +29,12 @@ class Recipe:
         recovery_epochs: Epochs after the router and the other experts are gone.
         learning_rate: From the conversion on; a fresh router and expander want a high one.
         recovery_learning_rate: After pruning.
+        expander_learning_rate: Of routers and expanders, which begin without training; None: as the others.
         balance_coef: Weight of the balance loss in stage "balance".
         experts_per_sequence: Top-k of the routers.
         distillation_logits: Weight of the teacher's logits; 0: the teacher does not teach.
         distillation_hidden_states: Weight of the teacher's hidden states.
+        distillation_value_relations: Weight of the teacher's value relations.
     """
 
     name: str
@@ -41,15 +43,17 @@ class Recipe:
     recovery_epochs: float = 0.0
     learning_rate: float = 3e-4
     recovery_learning_rate: float = 3e-4
+    expander_learning_rate: float | None = None
     balance_coef: float = 0.1
     experts_per_sequence: int = 1
     distillation_logits: float = 0.0
     distillation_hidden_states: float = 0.0
+    distillation_value_relations: float = 0.0
 
     @property
     def distils(self) -> bool:
         """Whether the dense model teaches."""
-        return self.distillation_logits > 0 or self.distillation_hidden_states > 0
+        return any(_distillation(self).values())
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -154,11 +158,11 @@ def recover(
     """Trains a pruned or truncated model back by `recipe`, the same for every method; arguments as in `convert`."""
     weights = _distillation(recipe)
     if model.config.num_hidden_layers != dense.config.num_hidden_layers:
-        weights["distillation_hidden_states"] = 0.0  # a truncated model has fewer
+        # A truncated model has fewer, and nothing to compare layer by layer.
+        weights |= {"distillation_hidden_states": 0.0, "distillation_value_relations": 0.0}
     teacher = dense if recipe.distils else None
-    return fine_tune(
-        model, setup, recipe.recovery_epochs, recipe.recovery_learning_rate, name=name, teacher=teacher, **weights
-    )
+    options = {"teacher": teacher, "expander_learning_rate": recipe.expander_learning_rate, **weights}
+    return fine_tune(model, setup, recipe.recovery_epochs, recipe.recovery_learning_rate, name=name, **options)
 
 
 def convert(
@@ -184,6 +188,7 @@ def convert(
         balance_coef=recipe.balance_coef,
         experts_per_sequence=recipe.experts_per_sequence,
         learning_rate=recipe.learning_rate,
+        expander_learning_rate=recipe.expander_learning_rate,
         **_distillation(recipe),
     )
     trainer = _trainer(copy.deepcopy(dense).train(), args, setup, dense if recipe.distils else None)
@@ -201,5 +206,5 @@ def _trainer(
 
 
 def _distillation(recipe: Recipe) -> dict[str, float]:
-    names = ("distillation_logits", "distillation_hidden_states")
+    names = ("distillation_logits", "distillation_hidden_states", "distillation_value_relations")
     return {name: getattr(recipe, name) for name in names}

@@ -19,7 +19,7 @@ from shrp_hf.distillation import (
     student_logits,
     value_relations_loss,
 )
-from shrp_hf.models.expert_layer import sum_over_processes
+from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
@@ -133,6 +133,20 @@ class ShrpTrainer(FiniteTrainer):
                 f"DataParallel over {self.args.n_gpu} GPUs cannot count usage: start with `accelerate launch` for one "
                 "process per GPU, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer; routers and expanders have a learning rate of their own where one is given."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = getattr(self.args, "expander_learning_rate", None)
+        if is_new and rate is not None:
+            fresh = {id(p) for m in self.model.modules() if isinstance(m, Router | Expander) for p in m.parameters()}
+            for group in list(optimizer.param_groups):
+                chosen = [p for p in group["params"] if id(p) in fresh]
+                if chosen:
+                    group["params"] = [p for p in group["params"] if id(p) not in fresh]
+                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """A constant (or `balance_lr_scheduler_type`) rate in stage "balance", then the usual decay in "specialise"."""

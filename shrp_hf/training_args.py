@@ -47,6 +47,7 @@ class ShrpTrainingArguments(TrainingArguments):
         balance_coef: Weight of the bidirectional KL in stage "balance".
         balance_learning_rate: Learning rate of stage "balance"; None: `learning_rate`.
         balance_lr_scheduler_type: Schedule of stage "balance"; `lr_scheduler_type` is that of stage "specialise".
+        expander_learning_rate: Learning rate of routers and expanders, which begin without training; None: as the others.
         experts_per_sequence: Top-k of the routers of newly converted layers.
         router_pooling: "mean" or "cls"; what the routers of newly converted layers look at.
         usage_holdout: Share of the training set that is not trained on and on which `usage_plan` counts.
@@ -74,6 +75,9 @@ class ShrpTrainingArguments(TrainingArguments):
     balance_coef: float = field(default=0.1, metadata={"help": "Weight of the balance loss in stage balance."})
     balance_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of stage balance."})
     balance_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of stage balance."})
+    expander_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of routers and expanders."}
+    )
     experts_per_sequence: int = field(default=1, metadata={"help": "Top-k of new routers."})
     router_pooling: str = field(default="mean", metadata={"help": "What routers look at.", "choices": ["mean", "cls"]})
     usage_holdout: float = field(default=0.05, metadata={"help": "Share of the training set kept to count usage on."})
@@ -152,7 +156,7 @@ class ShrpTrainingArguments(TrainingArguments):
             )
 
     def _check_numbers(self) -> None:
-        for name in ("balance_epochs_per_layer", "balance_steps_per_layer"):
+        for name in ("balance_epochs_per_layer", "balance_steps_per_layer", "expander_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be more than 0, got {value}.")
