@@ -120,6 +120,7 @@ class Setup:
             train_sampling_strategy="group_by_length",
             report_to="none",
             bf16=self.bf16,
+            use_cpu=self.bf16 and not torch.cuda.is_available(),  # Transformers wants it said for bfloat16 there
             dataloader_pin_memory=torch.cuda.is_available(),
             **(saving if self.resumable else {"save_strategy": "no"}),
             **kwargs,
