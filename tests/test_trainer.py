@@ -307,6 +307,18 @@ def test_learning_rate_is_constant_in_balance_then_decays(options, expected, tmp
     assert rates.seen == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
+def test_routers_and_expanders_have_a_rate_of_their_own(tmp_path):
+    trainer = trainer_for(tmp_path, num_expert_layers=2, expander_learning_rate=1e-2, weight_decay=0.1)
+    trainer.create_optimizer()
+    rates, decays = {}, {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)], decays[id(parameter)] = group["lr"], group["weight_decay"]
+    for name, parameter in trainer.model.named_parameters():
+        assert rates[id(parameter)] == (1e-2 if ".router." in name or ".expander." in name else 1e-3), name
+        assert decays[id(parameter)] == (0 if name.endswith("bias") or "LayerNorm" in name else 0.1), name
+
+
 def test_schedule_that_cannot_be_laid_over_a_stage_is_refused(tmp_path):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "num_expert_layers": 1}
     trainer = trainer_for(tmp_path, extra={"eval_dataset": DATA[:8]}, **options)
