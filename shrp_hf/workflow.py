@@ -1,15 +1,10 @@
 """The main job end to end: fine-tune, convert, specialise, prune, save, open again in a new process, report."""
 
-import json
 import logging
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,20 +19,12 @@ from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
 from shrp_hf.record import Calibration, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
+from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
 from shrp_hf.usage import plan_by_usage, usage_table
 
 logger = logging.getLogger(__name__)
-
-_REOPEN = """
-import sys, torch
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert "shrp_hf" not in sys.modules
-with torch.inference_mode():
-    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
-"""
 
 
 @dataclass(frozen=True)
@@ -85,8 +72,8 @@ class Workflow:
         self.task = task
         self.output = output
         self.options = options
-        output.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
+        claim(output, {"model": model_name, **data, **asdict(options)})
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
         self.setup = Setup(
@@ -98,17 +85,6 @@ class Workflow:
             examples_per_epoch=options.examples_per_epoch,
         )
 
-    def _claim(self) -> None:
-        data = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
-        identity = {"model": self.model_name, **data, **asdict(self.options)}
-        path = self.output / "run.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise ValueError(
-                f"`output` {str(self.output)!r} holds a run with another model, task or options (see run.json): choose "
-                "another directory, or remove this one."
-            )
-        write_text(path, json.dumps(identity, indent=2) + "\n")
-
     def run(self, say: Callable[[str], None] = logger.info) -> Path:
         """Does the whole job; returns the path of the report."""
         say("1/4 fine-tuning the dense model")
@@ -117,17 +93,12 @@ class Workflow:
         routed = self._stage("routed", lambda: self._train_routed(dense))
         say("3/4 pruning, saving, opening the result in a new process")
         static = self._stage("static", lambda: self._prune(dense, routed))
-        self.check_reopened(static)
+        check_reopened(self.output / "static", static, self.data["test"], self.tokenizer)
         say("4/4 measuring")
         return self.report({"dense": dense, "routed": routed, "static": static})
 
     def _stage(self, name: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        folder = self.output / name
-        if not (folder / "config.json").exists():  # written last, so its presence means that the model is whole
-            model = make().eval()
-            self.tokenizer.save_pretrained(folder)
-            model.save_pretrained(folder, with_code=True)
-        return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        return kept_model(self.output / name, self.tokenizer, make)
 
     def _train_dense(self) -> PreTrainedModel:
         options = self.options
@@ -145,27 +116,6 @@ class Workflow:
         # The usage in the routed model was counted on held-out rows, so a run that is taken up prunes alike.
         static = prune_heads(routed, plan_by_usage(routed, routed.usage(), keep=self.options.keep))
         return recover(static, dense, self.setup, self.options.recipe, name="static")
-
-    def check_reopened(self, model: PreTrainedModel) -> None:
-        """Opens `static` in a new process without importing shrp_hf, and compares the outputs.
-
-        Raises:
-            RuntimeError: It does not open, or its outputs differ.
-        """
-        rows = [self.task.test[i]["text"] for i in range(min(8, len(self.task.test)))]
-        inputs = dict(self.tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt"))
-        with tempfile.TemporaryDirectory() as folder:
-            given, got = Path(folder, "inputs.pt"), Path(folder, "logits.pt")
-            torch.save(inputs, given)
-            command = [sys.executable, "-c", _REOPEN, str(self.output.resolve() / "static"), str(given), str(got)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-            if done.returncode:
-                raise RuntimeError(f"`static` does not open in a new process:\n{done.stderr}")
-            logits = torch.load(got, weights_only=True)
-        with torch.inference_mode():
-            expected = model.to("cpu")(**inputs).logits
-        if not torch.allclose(logits, expected, atol=1e-5, rtol=0):
-            raise RuntimeError(f"`static` gives other outputs in a new process, by up to {(logits - expected).abs().max()}.")
 
     def report(self, models: dict[str, PreTrainedModel]) -> Path:
         """Measures the models side by side and writes `report.md` and `usage.png`; returns the report's path."""

@@ -21,7 +21,7 @@ ROWS = (
     ("recipes",),
     ("benchmark", "onnx_export"),
     ("plots", "report", "demo"),
-    ("record",),
+    ("record", "runs"),
     ("model_card",),
     ("workflow", "posthoc", "compare", "compress"),
     ("cli", "__init__"),

@@ -1,0 +1,79 @@
+"""The directory of a run: claimed by its options, its models kept whole, and opened again where shrp_hf is not imported."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from shrp_hf.report import write_text
+
+_REOPEN = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert "shrp_hf" not in sys.modules
+with torch.inference_mode():
+    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+"""
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Makes `folder` the directory of the run that `identity` describes; the same run may take it up again.
+
+    Raises:
+        ValueError: It holds a run with another identity.
+    """
+    path = folder / "run.json"
+    text = json.dumps(identity, indent=2)
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(text):
+        raise ValueError(
+            f"`output` {str(folder)!r} holds a run with another model, task or options (see run.json): choose another "
+            "directory, or remove this one."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, text + "\n")
+
+
+def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Returns the classifier saved in `folder`, made and saved (with its code) first if it is not there yet."""
+    if not (folder / "config.json").exists():  # written last, so its presence means that the model is whole
+        model = make().eval()
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, with_code=True)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def check_reopened(folder: Path, model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Opens the model in `folder` in a new process without importing shrp_hf, and compares the outputs with `model`'s.
+
+    Args:
+        folder: A classifier saved with its code.
+        model: The same one; it ends on the CPU.
+        rows: Tokenised rows; the first 8 are compared.
+        tokenizer: Pads them.
+
+    Raises:
+        RuntimeError: It does not open, or its outputs differ.
+    """
+    rows = rows.select(range(min(8, len(rows)))).remove_columns("label")
+    inputs = dict(tokenizer.pad(rows[:], return_tensors="pt"))
+    with tempfile.TemporaryDirectory() as scratch:
+        given, got = Path(scratch, "inputs.pt"), Path(scratch, "logits.pt")
+        torch.save(inputs, given)
+        command = [sys.executable, "-c", _REOPEN, str(folder.resolve()), str(given), str(got)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+        if done.returncode:
+            raise RuntimeError(f"`{folder.name}` does not open in a new process:\n{done.stderr}")
+        logits = torch.load(got, weights_only=True)
+    with torch.inference_mode():
+        expected = model.to("cpu")(**inputs).logits
+    if not torch.allclose(logits, expected, atol=1e-5, rtol=0):
+        difference = (logits - expected).abs().max()
+        raise RuntimeError(f"`{folder.name}` gives other outputs in a new process, by up to {difference}.")
