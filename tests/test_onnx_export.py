@@ -1,206 +1,327 @@
-"""Exported files against the models they came from, in ONNX Runtime."""
+"""ONNX Runtime says what PyTorch says, for every family, kind of model and task head; what does not is not published."""
 
+import copy
 import json
-import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import AutoConfig, BertConfig, BertTokenizer
 from typer.testing import CliRunner
 
-from shrp_hf import cli
-from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.onnx_export import export, export_onnx, load_for_export, onnx_session
-from shrp_hf.onnx_export.parity import SENTENCES, Comparison
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
-from tests.test_families import CASES, WITHOUT_EXPERTS, inputs, stock
-from tests.tiny import tiny_bert, tiny_routed
+from shrp_hf import KeepPlan, cli, prune_heads, to_shrp
+from shrp_hf.onnx_export import check, export, export_onnx, load_for_export, onnx_session
+from shrp_hf.onnx_export.graph import OUTPUTS
+from shrp_hf.onnx_export.sentences import SENTENCES
+from tests.test_families import CASES, TABLE, WITHOUT_EXPERTS, inputs, stock
+from tests.tiny import randomize_, same_state, tiny_bert, tiny_routed
 
+pytest.importorskip("onnxruntime")
+WORDS = sorted({word for text in SENTENCES for word in text.lower().replace(".", " ").split() if word.isalpha()})
 HALF, HOLED = KeepPlan(((0, 3), (1,), (0, 2)), 4), KeepPlan(((0, 3), (), (1, 2)), 4)
-NAMES = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+STATIC = KeepPlan(((0, 1, 2, 3), (1,), (2,)), 4)
+KINDS = ("stock", "half", "holed", "routed", "two of several", "one expert", "experts", "experts, holed")
+QUICK = [
+    ("bert", "MultipleChoice", "one expert"),
+    ("bert", "", "routed"),
+    ("bert", "MaskedLM", "experts, holed"),
+    ("roberta", "TokenClassification", "experts"),
+    ("electra", "PreTraining", "holed"),
+    ("distilbert", "QuestionAnswering", "half"),
+    ("vit", "ImageClassification", "holed"),
+]
+ALL = [
+    (family, head, kind)
+    for family, head in [*CASES, *((family, "") for family in TABLE)]
+    for kind in KINDS
+    if KINDS.index(kind) < 3 or family not in WITHOUT_EXPERTS
+]
 
 
-def built(family, head, kind, **fields):
+def built(family, head, kind):
     model = stock(family, head, torch.float32)
     if kind == "stock":
         return model
     if kind in ("half", "holed"):
         return prune_heads(model, HALF if kind == "half" else HOLED)
     model = to_shrp(model)
+    if kind == "two of several":
+        model.config.experts_per_sequence, model.config.router_pooling = 2, "cls"
     model.convert_layers_([1, 2])
-    if kind == "routed":
+    randomize_(model)
+    if model.config.routed and kind in ("routed", "two of several"):
         return model.eval()
-    kept = ((0, 1, 2, 3), (1,), (2,)) if kind == "one expert" else HALF.kept
+    kept = {"one expert": STATIC.kept, "experts": HALF.kept, "experts, holed": ((), (0,), (1, 2, 3))}[kind]
     return prune_heads(model, KeepPlan(kept, 4)).eval()
 
 
-def run_file(path, batch):
+def assert_says_the_same(path, model, family, head, padding):
+    feed = inputs(family, padding, torch.float32, head)
     session = onnx_session(path, num_threads=1)
-    names = [node.name for node in session.get_inputs()]
-    outputs = session.run(None, {name: batch[name].numpy() for name in names})
-    return dict(zip([node.name for node in session.get_outputs()], outputs, strict=True))
-
-
-def check(model, family, head, folder):
-    path = export_onnx(model, None, folder)
-    for padding in (None,) if family == "vit" else ("left", "right", None):
-        batch = inputs(family, padding, torch.float32, head or "")
-        if padding is None and family != "vit":
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        if "token_type_ids" not in batch:
-            batch["token_type_ids"] = torch.zeros_like(batch.get("input_ids", torch.zeros(1)))
-        found = run_file(path, batch)
+    asked = {node.name for node in session.get_inputs()}
+    if family != "vit":
+        feed.setdefault("attention_mask", torch.ones_like(feed["input_ids"]))
+    if "token_type_ids" in asked:
+        feed["token_type_ids"] = (torch.arange(feed["input_ids"].shape[-1]) > 3).long().expand_as(feed["input_ids"])
+    assert asked == set(feed)
+    for rows in (slice(None), slice(1)):
+        part = {name: tensor[rows] for name, tensor in feed.items()}
         with torch.no_grad():
-            wanted = {k: v for k, v in batch.items() if k != "token_type_ids" or family in ("bert", "electra")}
-            expected = model(**wanted)
-        mask = batch.get("attention_mask")
-        assert set(found) == {name for name in NAMES if expected.get(name) is not None}
-        for name, values in found.items():
-            close = np.abs(values - expected[name].numpy())
-            if mask is not None and values.shape[:2] == mask.shape and values.ndim == 3:
-                close = close[mask.numpy().astype(bool)]
-            assert close.max() <= 1e-5 * max(1, np.abs(expected[name].numpy()).max()), (name, padding)
-
-
-KINDS = ["stock", "half", "holed", "routed", "one expert", "experts"]
-QUICK = [("bert", "SequenceClassification", "holed"), ("bert", "", "routed"), ("roberta", "TokenClassification", "experts"),
-         ("distilbert", "QuestionAnswering", "half"), ("vit", "ImageClassification", "half")]  # fmt: skip
-ALL_KINDS = [
-    (family, head, kind)
-    for family, head in [*CASES, ("bert", ""), ("vit", "")]
-    for kind in KINDS
-    if (family, head, kind) not in QUICK and (KINDS.index(kind) < 3 or family not in WITHOUT_EXPERTS)
-]
-
-
-@pytest.mark.parametrize(("family", "head", "kind"), QUICK)
-def test_file_equals_model(family, head, kind, tmp_path):
-    check(built(family, head, kind), family, head, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "head", "kind"), ALL_KINDS)
-def test_file_equals_model_of_every_family_head_and_kind(family, head, kind, tmp_path):
-    check(built(family, head, kind), family, head, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A static classifier with its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("static")
-    words = sorted({word for sentence in SENTENCES for word in re.findall(r"\w+|[^\w\s]", sentence.lower())})
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
-    model = prune_heads(tiny_routed(2, vocab_size=len(vocabulary)), KeepPlan(((0, 1, 2, 3), (1,), (0, 2)), 4))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
-
-
-SERVE = """
-import json, sys
-import numpy as np, onnxruntime
-from tokenizers import Tokenizer
-folder, sentences = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
-tokenizer.enable_padding()
-encoded = tokenizer.encode_batch(sentences)
-session = onnxruntime.InferenceSession(folder + "/model.onnx")
-columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-feed = {node.name: np.array([getattr(e, columns[node.name]) for e in encoded]) for node in session.get_inputs()}
-print(json.dumps({"logits": session.run(["logits"], feed)[0].tolist(), "torch": "torch" in sys.modules}))
-"""
-
-
-def test_exported_file_classifies_without_torch(saved, tmp_path):
-    result = CliRunner().invoke(cli.app, ["export", str(saved), "--output", str(tmp_path / "onnx")])
-    assert result.exit_code == 0, result.output
-    assert "equal decisions 1.000" in result.output
-    command = [sys.executable, "-c", SERVE, str(tmp_path / "onnx"), json.dumps(SENTENCES)]
-    served = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
-    assert not served["torch"]
-    model, tokenizer = load_for_export(str(saved))
-    assert isinstance(model, ShrpBertForSequenceClassification)
-    with torch.no_grad():
-        expected = model(**tokenizer(list(SENTENCES), padding=True, return_tensors="pt")).logits
-    np.testing.assert_allclose(served["logits"], expected.numpy(), rtol=0, atol=1e-5)
-
-
-def test_int8_is_written_with_its_agreement_and_refused_below_what_is_asked(saved, tmp_path, monkeypatch):
-    model, tokenizer = load_for_export(str(saved))
-    path = export_onnx(model, tokenizer, tmp_path, int8=True, min_agreement=0.5)
-    record = json.loads((tmp_path / "onnx.json").read_text(encoding="utf-8"))
-    assert record["int8"]
-    assert record["sentences"] == len(SENTENCES)
-    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = model(**batch).logits.numpy().argmax(-1)
-    decided = run_file(path, batch)["logits"].argmax(-1)
-    assert decided.tolist() == expected.tolist()
-    assert record["agreement_of_decisions"] == 1.0
-
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr(Comparison, "agreement", lambda self, decides: 0.4375)
-    message = (
-        "In int8 the file agrees with `model` in 0.438 (equal decisions), less than `min_agreement=0.5`: nothing was "
-        "written. Export without int8, or lower `min_agreement` if your own test set allows it."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        export_onnx(model, tokenizer, tmp_path, int8=True, min_agreement=0.5)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_file_that_differs_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Comparison, "difference", 2e-3)
-    with pytest.raises(ValueError, match=r"^The exported file differs from `model` by 2\.0e-03 of its largest output"):
-        export_onnx(tiny_bert(), None, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_comparison_by_hand():
-    expected = [[np.array([[1.0, 2.0], [4.0, 3.0]])]]
-    same, other = np.array([[1.0, 2.0], [4.0, 3.0]]), np.array([[1.0, 2.0], [3.0, 3.2]])
-    assert Comparison(expected, [[same]], [None]).difference == 0
-    compared = Comparison(expected, [[other]], [None])
-    assert compared.difference == pytest.approx(1 / 4)
-    assert compared.agreement(decides=True) == 0.5
-    cosines = [1, (4 * 3 + 3 * 3.2) / (5 * np.hypot(3, 3.2))]
-    assert compared.agreement(decides=False) == pytest.approx(np.mean(cosines))
-    assert Comparison(expected, [[np.full((2, 2), np.nan)]], [None]).difference == float("inf")
-    padded = [[np.array([[[1.0], [9.0]]])]]
-    assert Comparison(padded, [[np.array([[[1.0], [5.0]]])]], [np.array([[1, 0]])]).difference == 0
+            expected = model(**part)
+        names = [node.name for node in session.get_outputs()]
+        assert names == [name for name in OUTPUTS if expected.get(name) is not None]
+        for name, found in zip(names, session.run(names, {k: v.numpy() for k, v in part.items()}), strict=True):
+            scale = max(1.0, expected[name].abs().max().item())
+            np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=1e-5 * scale, err_msg=f"{name}, {padding}")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("family", "head", "kind"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in ALL],
+)
+def test_file_equals_model(family, head, kind, tmp_path):
+    model = built(family, head, kind).train()
+    before = copy.deepcopy(model)
+    path = export_onnx(model, None, tmp_path)
+    assert model.training
+    assert same_state(model, before)
+    assert model.config._attn_implementation == before.config._attn_implementation
+    for padding in (None,) if family == "vit" else ("left", "right", None):
+        assert_says_the_same(path, model.eval(), family, head, padding)
+
+
+# --- the text side, and a process without torch ---
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A saved static classifier with a tokenizer that knows the built-in sentences, and its int8 export."""
+    folder = tmp_path_factory.mktemp("classifier")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "!", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    model = prune_heads(tiny_routed(2, vocab_size=len(vocab), max_position_embeddings=64), STATIC)
+    model.save_pretrained(folder / "model")
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+ALONE = """
+import json, sys
+import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokenizer.enable_padding()
+tokenizer.enable_truncation(64)
+encoded = tokenizer.encode_batch(texts)
+feed = {"input_ids": [e.ids for e in encoded], "attention_mask": [e.attention_mask for e in encoded],
+        "token_type_ids": [e.type_ids for e in encoded]}
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+(logits,) = session.run(None, {i.name: np.array(feed[i.name]) for i in session.get_inputs()})
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+id2label = json.load(open(f"{folder}/config.json"))["id2label"]
+print(json.dumps([id2label[str(label)] for label in logits.argmax(-1).tolist()]))
+"""
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_process_without_torch_classifies_as_the_model_does(int8, classifier, tmp_path):
+    words = ["export", str(classifier), "--output", str(tmp_path), *(["--int8", "--min-agreement", "0.7"] if int8 else [])]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path), json.dumps(SENTENCES)], capture_output=True, text=True, check=True
+    )
+    model, tokenizer = load_for_export(str(classifier))
+    encoded = tokenizer(list(SENTENCES), padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        expected = [model.config.id2label[label] for label in model(**encoded).logits.argmax(-1).tolist()]
+    assert len(set(expected)) > 1
+    found = json.loads(run.stdout)
+    if int8:
+        assert np.mean([a == b for a, b in zip(found, expected, strict=True)]) >= 0.7  # weights drawn at random nearly tie
+    else:
+        assert found == expected
+    record = json.loads((tmp_path / "onnx.json").read_text(encoding="utf-8"))
+    assert record["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert record["precision"] == ("int8" if int8 else "float32")
+    assert record["float32"]["largest_difference"] < 1e-5
+    assert {"torch", "onnxruntime", "transformers", "shrp_hf"} <= set(record["versions"])
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["ShrpBertForSequenceClassification"]
+    assert b"site-packages" not in (tmp_path / "model.onnx").read_bytes()  # nor any other path of this machine
+
+
+# --- nothing is published that does not agree ---
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The files of a tiny model, exported once."""
+    path = export_onnx(tiny_bert(), None, tmp_path_factory.mktemp("written"))
+    return path
+
+
+@pytest.fixture
+def _traced_before(written, monkeypatch):
+    """Takes the file of `written` for that of whatever is exported."""
+    monkeypatch.setattr(export, "write_graph", lambda *args, **kwargs: shutil.copy(written, args[3]))
+
+
+@pytest.mark.usefixtures("_traced_before")
+def test_a_file_that_differs_is_not_published(tmp_path):
+    message = "differs from PyTorch by .* of the largest output, more than 1e-05: nothing was published"
+    with pytest.raises(RuntimeError, match=message):
+        export_onnx(tiny_bert(seed=8), None, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_traced_before")
+def test_an_int8_file_that_disagrees_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "agreement", lambda *args: ("equal classes", 0.8))
+    with pytest.raises(RuntimeError, match=r"agrees with PyTorch on 0\.800 \(equal classes\), less than `min_agreement=0\.9`"):
+        export_onnx(tiny_bert(), None, tmp_path, int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_traced_before")
+def test_a_refused_export_leaves_the_old_file(tmp_path):
+    path = export_onnx(tiny_bert(), None, tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="nothing was published"):
+        export_onnx(tiny_bert(seed=8), None, tmp_path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.onnx", "onnx.json"]
+
+
+def logits(*rows):
+    return [{"logits": np.array(rows, dtype=np.float32)}]
+
+
+@pytest.mark.parametrize(
+    ("head", "fields", "expected", "found", "mask", "share"),
     [
-        ({"min_agreement": 1.5}, "`min_agreement` must be between 0 and 1, got 1.5."),
-        ({"sentences": []}, "`sentences` must hold at least one sentence, got none."),
+        pytest.param("SequenceClassification", {}, [[1, 2], [3, 0]], [[0, 1], [0, 1]], None, 0.5, id="classes"),
+        pytest.param("TokenClassification", {}, [[[1, 2], [3, 0]]], [[[0, 1], [0, 1]]], [[1, 0]], 1.0, id="real tokens"),
+        pytest.param("SequenceClassification", {"num_labels": 1}, [[0], [2]], [[0], [1]], None, 0.5, id="regression"),
+        pytest.param(
+            "SequenceClassification",
+            {"problem_type": "multi_label_classification"},
+            [[1, -2], [3, 1]],
+            [[1, -2], [3, -1]],
+            None,
+            0.75,
+            id="labels",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(options, message, tmp_path):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        export_onnx(tiny_bert(), None, tmp_path, **options)
+def test_agreement(head, fields, expected, found, mask, share):
+    model = stock("bert", head) if head != "SequenceClassification" else tiny_bert(**fields)
+    batches = [{} if mask is None else {"attention_mask": np.array(mask)}]
+    assert check.agreement(model, batches, logits(*expected), logits(*found))[1] == pytest.approx(share)
 
 
-def test_torch_that_is_too_old_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.torch, "__version__", "2.9.1")
-    message = "Export needs torch 2.11 or newer, and this is torch 2.9.1: upgrade torch."
-    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
-        export_onnx(tiny_bert(), None, tmp_path)
+def test_agreement_of_spans_and_vectors():
+    batch = [{"attention_mask": np.array([[1, 1, 0]])}]
+    spans = [{"start_logits": np.array([[0.0, 1, 9]]), "end_logits": np.array([[0.0, 1, 2]])}]
+    other = [{"start_logits": np.array([[0.0, 2, 1]]), "end_logits": np.array([[3.0, 1, 2]])}]
+    model = stock("bert", "QuestionAnswering")
+    assert check.agreement(model, batch, spans, spans) == ("equal spans", 1.0)
+    assert check.agreement(model, batch, spans, other) == ("equal spans", 0.0)
+    vectors = [{"last_hidden_state": np.array([[[1.0, 0], [0, 2], [5, 5]]])}]
+    turned = [{"last_hidden_state": np.array([[[3.0, 0], [2, 0], [-5, 5]]])}]
+    assert check.agreement(model, batch, vectors, turned) == ("mean cosine of token vectors", 0.5)
 
 
-def test_model_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
+def test_difference_is_relative_and_keeps_a_nan():
+    assert check.difference(logits([100.0, 0.0]), logits([100.0, 1.0])) == pytest.approx(0.01)
+    assert check.difference(logits([0.1, 0.0]), logits([0.1, 0.5])) == pytest.approx(0.5)
+    assert np.isnan(check.difference(logits([0.0]), logits([np.nan])))
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"min_agreement": 95}, "`min_agreement` must be a share from 0 to 1, got 95", id="share"),
+        pytest.param({"texts": []}, "`texts` must be a list of sentences, at least one", id="no texts"),
+        pytest.param({"texts": "a text"}, "`texts` must be a list of sentences", id="one string"),
+        pytest.param({"texts": ["a"]}, "`texts` need a text model and its `tokenizer`", id="no tokenizer"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(tiny_bert(), None, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_texts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"all be sentences, or all pairs of sentences, got items of \[1, 2\] parts"):
+        export_onnx(tiny_bert(), object(), tmp_path, texts=["a", ("b", "c")])
+
+
+def test_a_directory_with_weights_is_refused(classifier, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a PyTorch model \(model.safetensors\), whose config would be overwritten"):
+        export_onnx(tiny_bert(), None, classifier)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`output` must be a directory, got the file"):
+        export_onnx(tiny_bert(), None, tmp_path / "file")
+
+
+def test_unfinished_and_unknown_models_are_refused(tmp_path):
+    model = to_shrp(tiny_bert())
+    model.convert_layers_(1, pending=True)
+    with pytest.raises(ValueError, match=r"Layers \[2\] are still pending: finish the training"):
+        export_onnx(model, None, tmp_path / "out")
+    with pytest.raises(ValueError, match="`model` is of type None"):
+        export_onnx(torch.nn.Linear(1, 1), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_too_large_for_one_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GB of float32 weights, and one ONNX file holds 2 GB: prune it first"):
         export_onnx(tiny_bert(), None, tmp_path)
 
 
-def test_other_formats_are_refused(saved, tmp_path):
-    result = CliRunner().invoke(cli.app, ["export", str(saved), "--format", "gguf", "--output", str(tmp_path)])
-    assert str(result.exception) == '`format` must be "onnx", got \'gguf\'.'
+def test_an_old_torch_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ImportError, match=r"torch 2\.9\.1\+cpu is too old for torch.onnx's dynamo exporter: pip install"):
+        export_onnx(tiny_bert(), None, tmp_path)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_named(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'shrp_hf\[onnx\]'"):
+        export_onnx(tiny_bert(), None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(("--dataset", "sst2", "--texts", "x.txt"), "Give one of `--dataset` and `--texts`", id="both"),
+        pytest.param(("--data-dir", "x"), "`--data-dir x` belongs to `--dataset`", id="no data set"),
+    ],
+)
+def test_options_that_contradict_are_refused(words, message):
+    result = CliRunner().invoke(cli.app, ["export", "nowhere", "--output", "out", *words])
+    assert message in str(result.exception)
+
+
+def test_sessions_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="`path` must be an ONNX file or a directory that holds `model.onnx`"):
+        onnx_session(tmp_path)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="`num_threads` must be at least 1, got 0"):
+        onnx_session(tmp_path, 0)
+
+
+def test_a_config_without_a_class_is_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names the class '' in its config"):
+        load_for_export(str(tmp_path))

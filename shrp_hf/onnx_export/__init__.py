@@ -1,6 +1,6 @@
-"""From a model to one file that ONNX Runtime serves, checked against the model before it is published."""
+"""Writes models for ONNX Runtime, and refuses to publish a file that does not say what PyTorch says."""
 
-from shrp_hf.onnx_export.export import export_onnx, onnx_session
-from shrp_hf.onnx_export.loading import load_for_export
+from shrp_hf.onnx_export.export import export_onnx, load_for_export
+from shrp_hf.onnx_export.runtime import onnx_session
 
 __all__ = ["export_onnx", "load_for_export", "onnx_session"]

@@ -1,6 +1,7 @@
-"""`export_onnx`: trace, optimise, quantise if asked to, open again, compare, publish."""
+"""`export_onnx`: trace, write, reopen, compare, publish."""
 
-import inspect
+import copy
+import importlib.metadata
 import json
 import tempfile
 from collections.abc import Sequence
@@ -8,220 +9,221 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers import __version__ as transformers_version
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from shrp_hf.onnx_export.fusing import fused
-from shrp_hf.onnx_export.parity import SENTENCES, Comparison, output_names, sample_batches
+from shrp_hf.onnx_export.check import (
+    Arrays,
+    Text,
+    agreement,
+    difference,
+    input_names,
+    is_multiple_choice,
+    make_batches,
+    onnx_outputs,
+    torch_outputs,
+)
+from shrp_hf.onnx_export.graph import OPSET, OUTPUTS, write_graph
+from shrp_hf.onnx_export.runtime import EXTRA, onnx_session, write_int8
+from shrp_hf.onnx_export.sentences import SENTENCES
 
-OPSET = 20
-MIN_TORCH = "2.11"
 TOLERANCE = 1e-5
+MIN_AGREEMENT = 0.9
+MIN_TORCH = (2, 11)
 MAX_BYTES = 2**31 - 2**24  # what one file of the format can hold, less the graph itself
-
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+PACKAGES = ("shrp_hf", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     output: str | Path,
     *,
     int8: bool = False,
-    sentences: Sequence[str] = SENTENCES,
-    min_agreement: float = 0.9,
+    texts: Sequence[Text] | None = None,
+    min_agreement: float = MIN_AGREEMENT,
 ) -> Path:
-    """Writes `model.onnx` for ONNX Runtime, after comparing it with the model; batch and length stay free.
+    """Writes `model.onnx` for ONNX Runtime, with config and tokenizer, after comparing it with PyTorch.
 
-    The file is float32, or int8 weights with activations quantised as they come. It uses operators of ONNX Runtime
-    (fused attention), so other runtimes cannot read it.
+    Batch and length (and the number of choices) are free. The file is float32, and uses operators that only ONNX Runtime
+    has. It is reopened there and run on padded batches and single sentences (images: random pixels): no output may
+    differ by more than 1e-5 of the largest value of its name (at least 1). Of an int8 file the predictions must agree
+    instead, after its float32 form has passed. What was reached stands in `onnx.json`.
 
     Args:
-        model: A model of a supported family, with any task head, dense, head-pruned, routed or static.
-        tokenizer: Saved beside the file; its inputs are the file's. None: all inputs that the model reads.
-        output: Directory for `model.onnx`, `config.json`, the tokenizer and `onnx.json`, the record of the comparison.
-        int8: Quantise the matrix products.
-        sentences: What to compare on, and to measure agreement on.
-        min_agreement: int8: least share of equal decisions (of logits), or mean cosine (of other outputs), 0 to 1.
+        model: A stock or Shrp model of a supported family, pruned or not; left as it is.
+        tokenizer: Its tokenizer (or image processor), saved beside the file; it decides whether the file asks for
+            `token_type_ids`. None saves none, and compares on random tokens.
+        output: Directory for the files; nothing in it is touched before they have passed.
+        int8: Quantise dynamically: weights to int8 per channel, activations to uint8 per tensor.
+        texts: Sentences, or pairs of them, to compare on; None takes two dozen that are built in.
+        min_agreement: Least share of predictions that an int8 file must share with PyTorch, 0 to 1.
 
     Returns:
         Path of `model.onnx`.
 
     Raises:
-        ImportError: The extra `onnx` is not installed, or torch is too old.
-        ValueError: An argument does not fit, the model is too large for one file, or the file differs from the model: by
-            more than 1e-5 of the largest output in float32, or with less agreement than `min_agreement` in int8.
-            Nothing is published then.
+        ImportError: The extra `onnx` is not installed, or torch is older than 2.11.
+        ValueError: An argument is wrong, or the model is of another family, unfinished, or too large for one file.
+        RuntimeError: The file does not say what PyTorch says.
     """
-    _check_installed()
+    _check_environment()
+    output, texts = Path(output), _checked_texts(model, tokenizer, texts)
     if not 0 <= min_agreement <= 1:
-        raise ValueError(f"`min_agreement` must be between 0 and 1, got {min_agreement}.")
-    if not sentences:
-        raise ValueError("`sentences` must hold at least one sentence, got none.")
-    size = 4 * sum(p.numel() for p in model.parameters())
-    if size > MAX_BYTES:
-        raise ValueError(f"`model` has {size / 1e9:.1f} GB of float32 weights, and one ONNX file holds 2 GB: prune it first.")
-    model = model.to("cpu")
-    batches = [_readable(model, tokenizer, batch) for batch in sample_batches(model, tokenizer, sentences)]
-    with torch.inference_mode():
-        expected = [model.float().eval()(**batch) for batch in batches]
-    names = output_names(expected[0])
-    output = Path(output)
+        raise ValueError(f"`min_agreement` must be a share from 0 to 1, got {min_agreement}.")
+    _check_output(output)
+    names = _output_names(model)
+    _check_size(model)
+    reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    batches = make_batches(reference, tokenizer, texts or SENTENCES)
+    expected = [torch_outputs(reference, names, batch) for batch in batches]
+    record: dict[str, Any] = {
+        "model": type(model).__name__,
+        "precision": "int8" if int8 else "float32",
+        "inputs": input_names(model, tokenizer),
+        "outputs": names,
+        "opset": OPSET,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as staged:
-        path = Path(staged) / "model.onnx"
-        _trace(model, batches[0], names, path)
-        _optimise(path)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
+        staged = Path(folder)
+        path = staged / "model.onnx"
+        write_graph(reference, _tracing_inputs(reference, record["inputs"]), names, path, split=int8)
+        record["float32"] = _check_float32(path, expected, batches)
         if int8:
-            _quantise(path)
-        record = _compare(path, batches, [[out[name].numpy() for name in names] for out in expected], int8)
-        _refuse(record, model, int8, min_agreement)
-        model.config.save_pretrained(staged)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        details = {"inputs": list(batches[0]), "outputs": names, "sentences": 0 if tokenizer is None else len(sentences)}
-        (Path(staged) / "onnx.json").write_text(json.dumps(record | details, indent=2) + "\n", encoding="utf-8")
-        for file in sorted(Path(staged).iterdir(), key=lambda file: file.name == "onnx.json"):
-            file.replace(output / file.name)
+            write_int8(path, staged / "int8.onnx")
+            (staged / "int8.onnx").replace(path)
+            found = _run(path, names, batches)
+            record["int8"] = _check_int8(agreement(model, batches, expected, found), min_agreement, texts is None)
+        _publish(model, tokenizer, record, staged, output)
     return output / "model.onnx"
 
 
-def onnx_session(path: str | Path, num_threads: int | None = None) -> Any:
-    """Opens an exported file on the CPU.
+def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
+    """Loads a model with the task head that it was saved with, and its tokenizer or image processor.
 
     Args:
-        path: The file.
-        num_threads: Threads within an operator; None: ONNX Runtime's choice.
+        name: Hub id or directory.
 
-    Returns:
-        An `onnxruntime.InferenceSession`: `session.run(None, {name: array})`.
+    Raises:
+        ValueError: The config does not name a class that Transformers can load.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    if num_threads is not None:
-        options.intra_op_num_threads = num_threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-class _Traced(nn.Module):
-    """The model as a function of tensors in a fixed order, to tensors in a fixed order."""
-
-    def __init__(self, model: PreTrainedModel, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = inputs
-        self.outputs = outputs
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(**dict(zip(self.inputs, tensors, strict=True)))
-        return tuple(outputs[name] for name in self.outputs)
+    config = AutoConfig.from_pretrained(name)
+    architecture = next(iter(getattr(config, "architectures", None) or [""]))
+    head = architecture.partition("For")[2]
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel", None)
+    if auto is None or not architecture:
+        raise ValueError(f"`{name}` names the class {architecture!r} in its config, for which there is no Auto class.")
+    processor = AutoImageProcessor if head == "ImageClassification" or "vit" in config.model_type else AutoTokenizer
+    return auto.from_pretrained(name), processor.from_pretrained(name)
 
 
-def _check_installed() -> None:
-    if Version(torch.__version__) < Version(MIN_TORCH):
-        raise ImportError(f"Export needs torch {MIN_TORCH} or newer, and this is torch {torch.__version__}: upgrade torch.")
+def _check_environment() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MIN_TORCH:
+        raise ImportError(
+            f"torch {torch.__version__} is too old for torch.onnx's dynamo exporter: pip install 'torch>=2.11'"
+        )
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("Export needs onnx, onnxruntime and onnxscript: pip install 'shrp_hf[onnx]'") from error
+        raise ImportError(EXTRA) from error
 
 
-def _readable(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, batch: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Leaves only what the model reads, in a fixed order."""
-    accepted = inspect.signature(model.forward).parameters
-    reads = set(accepted) if "kwargs" not in accepted else {*accepted, *_INPUTS}
-    if getattr(model.config, "model_type", "").endswith("distilbert"):
-        reads.discard("token_type_ids")
-    return {name: batch[name] for name in _INPUTS if name in batch and name in reads}
+def _checked_texts(model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text] | None) -> list[Text] | None:
+    if texts is None:
+        return None
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"`texts` must be a list of sentences, at least one, got {texts!r}.")
+    if tokenizer is None or model.main_input_name == "pixel_values":
+        raise ValueError("`texts` need a text model and its `tokenizer`: leave them out, random inputs are compared then.")
+    texts = [text if isinstance(text, str) else tuple(text) for text in texts]
+    kinds = {1 if isinstance(text, str) else len(text) for text in texts}
+    if kinds not in ({1}, {2}):
+        raise ValueError(f"`texts` must all be sentences, or all pairs of sentences, got items of {sorted(kinds)} parts.")
+    return texts
 
 
-def _trace(model: PreTrainedModel, batch: dict[str, torch.Tensor], names: Sequence[str], path: Path) -> None:
-    batch_axis = torch.export.Dim("batch")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    length_axis = torch.export.Dim("length", max=longest)
-    shapes = [
-        {0: batch_axis} | ({} if name == "pixel_values" else {tensor.dim() - 1: length_axis}) for name, tensor in batch.items()
-    ]
-    program = torch.onnx.export(
-        _Traced(fused(model), list(batch), names),
-        tuple(batch.values()),
-        dynamo=True,
-        input_names=list(batch),
-        output_names=list(names),
-        dynamic_shapes=(tuple(shapes),),
-        opset_version=OPSET,
-        verbose=False,
-    )
-    program.save(path)
-
-
-def _optimise(path: Path) -> None:
-    """Lets ONNX Runtime fuse what it knows (GELU with its bias, LayerNorm with its sum) and keeps the result."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(path.with_suffix(".optimised"))
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    path.with_suffix(".optimised").replace(path)
-
-
-def _quantise(path: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantised = path.with_suffix(".int8")
-    quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Attention"])
-    quantised.replace(path)
-
-
-def _compare(
-    path: Path, batches: Sequence[dict[str, torch.Tensor]], expected: Sequence[Sequence[Any]], int8: bool
-) -> dict[str, Any]:
-    import onnx
-    import onnxruntime
-
-    session = onnx_session(path)
-    found = [session.run(None, {name: tensor.numpy() for name, tensor in batch.items()}) for batch in batches]
-    masks = [batch["attention_mask"].numpy() if "attention_mask" in batch else None for batch in batches]
-    comparison = Comparison(expected, found, masks)
-    return {
-        "format_version": 1,
-        "int8": int8,
-        "opset": OPSET,
-        "difference": comparison.difference,
-        "tolerance": None if int8 else TOLERANCE,
-        "agreement_of_decisions": comparison.agreement(decides=True),
-        "cosine": comparison.agreement(decides=False),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers_version,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-    }
-
-
-def _refuse(record: dict[str, Any], model: PreTrainedModel, int8: bool, min_agreement: float) -> None:
-    if not int8:
-        if record["difference"] > TOLERANCE:
-            raise ValueError(
-                f"The exported file differs from `model` by {record['difference']:.1e} of its largest output, more than "
-                f"{TOLERANCE:.0e}: nothing was written. Upgrade torch and onnxruntime, and report it if that does not help."
-            )
-        return
-    decides = not type(model).__name__.endswith("Model") and getattr(model.config, "num_labels", 2) > 1
-    name = "agreement_of_decisions" if decides else "cosine"
-    if not record[name] >= min_agreement:
-        what = "equal decisions" if decides else "cosine"
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` must be a directory, got the file {str(output)!r}.")
+    weights = sorted(path.name for path in output.glob("*.safetensors"))
+    if weights:
         raise ValueError(
-            f"In int8 the file agrees with `model` in {record[name]:.3f} ({what}), less than `min_agreement={min_agreement}`: "
-            "nothing was written. Export without int8, or lower `min_agreement` if your own test set allows it."
+            f"`output` {str(output)!r} holds a PyTorch model ({weights[0]}), whose config would be overwritten: "
+            "give a directory of its own, for example a folder `onnx` in it."
         )
+
+
+def _check_size(model: PreTrainedModel) -> None:
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    if size > MAX_BYTES:
+        raise ValueError(f"`model` has {size / 1e9:.1f} GB of float32 weights, and one ONNX file holds 2 GB: prune it first.")
+
+
+def _output_names(model: PreTrainedModel) -> list[str]:
+    """Reads from a tiny run which of the known outputs this model has."""
+    from shrp_hf.families import head_layout
+
+    head_layout(model)  # refuses other families by name
+    pending = getattr(model.config, "pending_layers", None)
+    if pending:
+        raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")
+    inputs = _tracing_inputs(model, input_names(model))
+    with torch.inference_mode():
+        output = model(**{k: v.to(model.device) for k, v in inputs.items()}, return_dict=True)
+    names = [name for name in OUTPUTS if output.get(name) is not None]
+    if not names:
+        raise ValueError(f"`{type(model).__name__}` returns {list(output)}, none of which can be exported: {OUTPUTS}.")
+    return names
+
+
+def _tracing_inputs(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A batch in which no dimension is 1, for which torch would fix it."""
+    if names == ["pixel_values"]:
+        size = model.config.image_size
+        size = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, model.config.num_channels, *size, dtype=model.dtype)}
+    shape = (2, 3, 5) if is_multiple_choice(model) else (2, 5)
+    filled = {"input_ids": 3, "attention_mask": 1, "token_type_ids": 0}
+    return {name: torch.full(shape, filled[name]) for name in names}
+
+
+def _run(path: Path, names: Sequence[str], batches: Sequence[Arrays]) -> list[Arrays]:
+    session = onnx_session(path)
+    return [onnx_outputs(session, names, batch) for batch in batches]
+
+
+def _check_float32(path: Path, expected: Sequence[Arrays], batches: Sequence[Arrays]) -> dict[str, float]:
+    reached = difference(expected, _run(path, list(expected[0]), batches))
+    if not reached <= TOLERANCE:
+        raise RuntimeError(
+            f"The ONNX file differs from PyTorch by {reached:.2g} of the largest output, more than {TOLERANCE:.0e}: nothing "
+            "was published. Weights that are not finite, or a release of onnxruntime that was not tested, may cause this."
+        )
+    return {"largest_difference": reached, "tolerance": TOLERANCE}
+
+
+def _check_int8(measured: tuple[str, float], least: float, built_in: bool) -> dict[str, Any]:
+    measure, reached = measured
+    if not reached >= least:
+        raise RuntimeError(
+            f"The int8 file agrees with PyTorch on {reached:.3f} ({measure}), less than `min_agreement={least}`: nothing was "
+            "published. Compare on sentences of your task (`texts`), lower `min_agreement`, or export without int8."
+        )
+    return {"measure": measure, "agreement": reached, "min_agreement": least, "built_in_texts": built_in}
+
+
+def _publish(model: PreTrainedModel, tokenizer: Any, record: dict, staged: Path, output: Path) -> None:
+    """Moves everything where it belongs, the file itself last."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(staged)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staged)
+    (staged / "onnx.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == "model.onnx"):
+        path.replace(output / path.name)

@@ -1,0 +1,179 @@
+"""The form in which a model is traced: few and large operators, ONNX Runtime's own where it has them."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from shrp_hf.families import HeadLayout, head_layout
+from shrp_hf.models.expert_layer import ExpertLayer
+
+OPSET = 20  # the first one with Gelu
+ATTENTION = "shrp_onnx"
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+_MASKED = float(torch.finfo(torch.float32).min)
+
+
+class FusedAttention(nn.Module):
+    """Query, key and value projection in one product, and attention in one operator of ONNX Runtime; traced, never run.
+
+    Args:
+        projections: Query, key and value projection, each (heads * head_size, hidden).
+        head_size: Width of one head.
+        split: Project in a product of its own, which int8 can quantise at any width. Else ONNX Runtime's `Attention`
+            does everything.
+    """
+
+    def __init__(self, projections: Sequence[nn.Module], head_size: int, split: bool) -> None:
+        super().__init__()
+        self.width = projections[0].weight.shape[0]
+        self.num_heads = self.width // head_size
+        self.split = split
+        self.weight = nn.Parameter(torch.cat([p.weight.detach() for p in projections]).T.contiguous())  # (hidden, 3 * width)
+        biases = [p.weight.new_zeros(self.width) if p.bias is None else p.bias.detach() for p in projections]
+        self.bias = nn.Parameter(torch.cat(biases))
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        """Maps (batch, length, hidden) and a mask (batch, length), int32, to (batch, length, heads * head_size)."""
+        attributes = {"num_heads": self.num_heads, "mask_filter_value": _MASKED}
+        if self.split:
+            parts = (hidden_states @ self.weight).split(self.width, dim=-1)
+            name, inputs = "MultiHeadAttention", (*parts, self.bias, attention_mask)
+        else:
+            name, inputs = "Attention", (hidden_states, self.weight, self.bias, attention_mask)
+            attributes["qkv_hidden_sizes"] = [self.width] * 3
+        shape = (*hidden_states.shape[:-1], self.width)
+        context = torch.onnx.ops.symbolic(
+            f"com.microsoft::{name}", inputs, attributes, dtype=hidden_states.dtype, shape=shape, version=1
+        )
+        return context, None
+
+
+class ProjectedAttention(FusedAttention):
+    """The same, in families that keep the output projection inside the attention module."""
+
+    def __init__(self, projections: Sequence[nn.Module], head_size: int, split: bool, output: nn.Module) -> None:
+        super().__init__(projections, head_size, split)
+        self.output = output
+
+    def forward(self, hidden_states: torch.Tensor, *args: torch.Tensor | None, **kwargs: object) -> tuple[torch.Tensor, None]:
+        """Maps (batch, length, hidden) and a mask (batch, length), int32, to (batch, length, hidden)."""
+        context, weights = super().forward(hidden_states, *args, **kwargs)
+        return self.output(context), weights
+
+
+class FusedExpertLayer(nn.Module):
+    """A static expert layer: attention, expander and residual. The mean over experts goes into the expander's weight."""
+
+    def __init__(self, layer: ExpertLayer, split: bool) -> None:
+        super().__init__()
+        attention = layer.attention.self
+        self.attention = FusedAttention(
+            (attention.query, attention.key, attention.value), attention.attention_head_size, split
+        )
+        self.expander = layer.expander
+        count, dense = self.attention.num_heads, layer.expander.dense
+        dense.weight = nn.Parameter(dense.weight.detach().repeat(1, count) / count)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        """Maps (batch, length, hidden) to the same shape."""
+        heads, _ = self.attention(hidden_states, attention_mask)
+        return hidden_states + self.expander(heads)
+
+
+class _Traced(nn.Module):
+    """Takes the inputs in order, returns the outputs in order."""
+
+    def __init__(self, model: PreTrainedModel, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.input_names, self.output_names = model, input_names, output_names
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.model(**dict(zip(self.input_names, tensors, strict=True)), return_dict=True)
+        return tuple(output[name] for name in self.output_names)
+
+
+def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
+    """Returns a float32 copy of `model` on the CPU in the form that is traced; it cannot be run."""
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    layout = head_layout(model)
+    layers = model.base_model.get_submodule(layout.head_map.layers)
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, ExpertLayer):
+            if layout.kept[i]:
+                _fuse_attention_(layer, layout, i, split)
+        elif layer.router is None:
+            layers[i] = FusedExpertLayer(layer, split)
+    model.config._attn_implementation = ATTENTION
+    return model
+
+
+def _fuse_attention_(layer: nn.Module, layout: HeadLayout, i: int, split: bool) -> None:
+    head_map, arguments = layout.head_map, (layout.projections(i), layout.head_size, split)
+    if head_map.output.startswith(f"{head_map.attention}."):
+        layer.set_submodule(head_map.attention, ProjectedAttention(*arguments, layout.output(i)))
+    else:
+        layer.set_submodule(head_map.attention, FusedAttention(*arguments))
+
+
+def _padding_mask(*args: object, attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:
+    return None if attention_mask is None else attention_mask.to(torch.int32)  # (batch, length)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of routed layers, whose projections are gathered for each sequence."""
+    mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def write_graph(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], output_names: Sequence[str], path: Path, split: bool
+) -> None:
+    """Traces `model` and writes its graph, weights included.
+
+    Args:
+        model: The model; left as it is.
+        inputs: A batch to trace with, under the names that the graph will ask for; no dimension may be 1.
+        output_names: Fields of the model's output, in the order in which the graph returns them.
+        path: Where to.
+        split: See `FusedAttention`.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _padding_mask)
+    axes = ({0: "batch"}, {0: "batch", 1: "length"}, {0: "batch", 1: "choices", 2: "length"})
+    dynamic = [axes[0] if name == "pixel_values" else axes[tensor.dim() - 1] for name, tensor in inputs.items()]
+    traced = _Traced(fused(model, split), list(inputs), list(output_names))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of shared axis names and torch's own deprecations
+        program = torch.onnx.export(
+            traced,
+            tuple(inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=list(output_names),
+            dynamic_shapes={"tensors": tuple(dynamic)},
+            opset_version=OPSET,
+            verbose=False,
+        )
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
+    program.save(path)
