@@ -57,7 +57,16 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "default": Recipe("default", recovery_epochs=2.0, distillation_logits=1.0, distillation_hidden_states=1.0),
+    "default": Recipe(
+        "default",
+        balance_epochs_per_layer=0.5,
+        specialise_epochs=1.0,
+        recovery_epochs=3.0,
+        recovery_learning_rate=1e-4,
+        expander_learning_rate=2e-3,
+        distillation_logits=1.0,
+        distillation_hidden_states=1.0,
+    ),
     "paper": Recipe("paper"),
 }
 """By name. "paper" is SHRP as published (arXiv 2512.20635): cross-entropy alone, nothing after pruning; its epochs and
