@@ -1,0 +1,335 @@
+"""What a job does: fine-tune, score, plan, convert, shorten, recover, and the record of a cell."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
+
+from shrp_hf._version import __version__
+from shrp_hf.benchmark import count_flops, count_parameters
+from shrp_hf.budget import Budget
+from shrp_hf.compare.architectures import first_layers
+from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
+from shrp_hf.dsp import DspCallback
+from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.plan import KeepPlan
+from shrp_hf.recipes import Recipe, Setup, convert, fine_tune, recover
+from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
+from shrp_hf.selectors import SELECTORS
+from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
+from shrp_hf.tasks.task import Task
+from shrp_hf.trainer import ShrpTrainer
+from shrp_hf.usage import plan_by_usage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every cell of one output directory.
+
+    Args:
+        model: Hub id or directory of the dense model, with its tokenizer.
+        dense_epochs: 0: the model is fine-tuned and serves all seeds. More: it is fine-tuned once per seed.
+        dense_learning_rate: Of that fine-tuning.
+        examples_per_epoch: Training examples that count as an epoch, drawn from the whole training set; None: all.
+        batch_size: Sequences per training step.
+        max_length: Longest sequence in tokens.
+        calibration_samples: Training rows that heads are scored on.
+        signature_size: Side of CAHP's resized attention maps.
+        min_heads_per_layer: Heads that every layer keeps.
+        alpha: Weight of importance in HIES; None: searched on the held-out rows, for each cell.
+        dsp_epochs: Epochs in which DSP learns what to keep, before the recovery that every method gets.
+        tolerance: Regression: how far a prediction may be from the dense model's and count as the same.
+        bf16: Train in bfloat16 autocast; everything is evaluated in float32.
+        split_seed: Of the held-out cut of the task.
+    """
+
+    model: str
+    dense_epochs: float = 0.0
+    dense_learning_rate: float = 1e-4
+    examples_per_epoch: int | None = None
+    batch_size: int = 32
+    max_length: int = 128
+    calibration_samples: int = 1024
+    signature_size: int = 32
+    min_heads_per_layer: int = 1
+    alpha: float | None = 0.5
+    dsp_epochs: float = 1.0
+    tolerance: float = 0.25
+    bf16: bool = False
+    split_seed: int = 0
+
+
+class Worker:
+    """Does the jobs of a comparison in its directory.
+
+    Args:
+        settings: What holds for every cell.
+        task: What the model does.
+        output: The directory.
+    """
+
+    def __init__(self, settings: Settings, task: Task, output: Path) -> None:
+        self.settings = settings
+        self.task = task
+        self.output = output
+        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length)
+        self._load = lru_cache(maxsize=2)(self._read_model)
+
+    def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
+        """The file that says that a job is done."""
+        key = job_or_key.key if isinstance(job_or_key, Job) else job_or_key
+        is_cell = job_or_key.is_cell if isinstance(job_or_key, Job) else is_cell
+        return self.output / ("cells" if is_cell else "parts") / f"{key}.json"
+
+    def is_done(self, job: Job) -> bool:
+        """Whether its file is there, and the model that it speaks of."""
+        if not self.file(job).exists():
+            return False
+        makes_model = bool(self.settings.dense_epochs) if job.kind == "dense" else job.makes_model
+        return not makes_model or (self._folder(job.key) / "config.json").exists()
+
+    def do(self, job: Job) -> None:
+        """Does a job and writes its file."""
+        set_seed(job.seed)
+        start = time.perf_counter()
+        record = getattr(self, f"_do_{job.kind}")(job)
+        record = {
+            "key": job.key,
+            "seed": job.seed,
+            **job.fields,
+            "recipe": job.recipe and job.recipe.name,
+            **record,
+            "seconds": round(time.perf_counter() - start, 1),
+            "settings": self.identity(job),
+            "versions": {"shrp_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        self.file(job).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.file(job), json.dumps(record, indent=1) + "\n")
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        """What a job's result depends on beside its key: a directory in which these differ is refused."""
+        task = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
+        return {**task, **asdict(self.settings), "recipe": job.recipe and asdict(job.recipe)}
+
+    # --- the kinds of jobs ---
+
+    def _do_dense(self, job: Job) -> dict[str, Any]:
+        settings = self.settings
+        examples = 0
+        if settings.dense_epochs:
+            model = AutoModelForSequenceClassification.from_pretrained(settings.model, **self.task.config_kwargs)
+            setup = self._setup(job)
+            model = fine_tune(to_shrp(model), setup, settings.dense_epochs, settings.dense_learning_rate, name=job.key)
+            examples = self._num_examples(setup, settings.dense_epochs)
+            self._save(model, job.key)
+        model = self._dense(job.seed)
+        logits = self._logits(model, "test")
+        predictions = self._decided(logits).tolist()
+        return {**self._measured(model, logits, np.array(predictions)), "train_examples": examples, "predictions": predictions}
+
+    def _do_stats(self, job: Job) -> dict[str, Any]:
+        request = StatsRequest(importance=True, entropy=True)
+        if job.fields["statistics"] == "signatures":
+            request = StatsRequest(salience=True, signature_size=self.settings.signature_size)
+        train = self.data["train"]
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed))
+        rows = train.select(order[: self.settings.calibration_samples].tolist())
+        batches = DataLoader(rows, self.settings.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))
+        path = self._stats_file(job.fields["statistics"], job.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        collect_head_stats(self._dense(job.seed), batches, request, cache=path)
+        return {"rows": len(rows)}
+
+    def _do_plan(self, job: Job) -> dict[str, Any]:
+        method, budget, value = (job.fields[name] for name in ("method", "budget", "value"))
+        dense = self._dense(job.seed)
+        if budget == "knee_degree" and method != "cahp":
+            budget, value = "heads", self._part(f"plan-cahp-knee{value}-seed{job.seed}")["num_kept"]
+        if method in DSP_MODES:
+            return self._learned_plan(job, dense, budget, value)
+        budgets = {"keep": Budget.fraction, "heads": Budget.heads, "knee_degree": Budget.knee}
+        options: dict[str, Any] = {"min_heads_per_layer": self.settings.min_heads_per_layer}
+        if method in ("random", "cahp"):
+            options["seed"] = job.seed
+        if method == "cahp":
+            options["signature_size"] = self.settings.signature_size
+        if method == "hies":
+            options["alpha"] = "search" if self.settings.alpha is None else self.settings.alpha
+            options["evaluate"] = partial(self._quality, dense)
+        selector = SELECTORS[method](budget=budgets[budget](value), **options)
+        statistics = STATISTICS.get(method)
+        stats = HeadStats.load(self._stats_file(statistics, job.seed)) if statistics else None
+        plan = selector.select(dense, stats=stats)
+        found = {"alpha": selector.best_alpha} if method == "hies" else {}
+        return {**_planned(plan, selector.scores), **found}
+
+    def _learned_plan(self, job: Job, dense: PreTrainedModel, budget: str, value: float) -> dict[str, Any]:
+        """DSP: trains a copy, whose weights go with the plan where they have changed."""
+        config = dense.config
+        available = config.num_hidden_layers * config.num_attention_heads
+        count = Budget.fraction(value).count(available) if budget == "keep" else int(value)
+        mode = DSP_MODES[job.fields["method"]]
+        least = self.settings.min_heads_per_layer
+        dsp = DspCallback(count, mode, seed=job.seed, min_heads_per_layer=least)
+        setup = self._setup(job)
+        weights = {name: getattr(job.recipe, name) for name in ("distillation_logits", "distillation_hidden_states")}
+        args = setup.arguments(
+            job.key,
+            num_train_epochs=self.settings.dsp_epochs * setup.epoch,
+            learning_rate=job.recipe.recovery_learning_rate,
+            **weights,
+        )
+        trainer = ShrpTrainer(
+            self._read_model(job.seed),
+            args,
+            train_dataset=self.data["train"],
+            processing_class=self.tokenizer,
+            teacher=dense if job.recipe.distils else None,
+            callbacks=[dsp],
+        )
+        model = setup.train(trainer)
+        if mode == "joint":
+            self._save(model, job.key)
+        examples = self._num_examples(setup, self.settings.dsp_epochs)
+        return {**_planned(dsp.plan, dsp.importances), "train_examples": examples}
+
+    def _do_convert(self, job: Job) -> dict[str, Any]:
+        dense, setup, recipe = self._dense(job.seed), self._setup(job), job.recipe
+        total = dense.config.num_hidden_layers
+        model = convert(dense, range(total - job.fields["layers"], total), setup, recipe, name=job.key)
+        self._save(model, job.key)
+        return {"train_examples": self._num_examples(setup, _conversion_epochs(recipe, job.fields["layers"]))}
+
+    def _do_shorten(self, job: Job) -> dict[str, Any]:
+        dense, setup, count = self._dense(job.seed), self._setup(job), job.fields["layers"]
+        # As many examples as the conversion of the layers that are gone.
+        epochs = _conversion_epochs(job.recipe, dense.config.num_hidden_layers - count)
+        model = recover(first_layers(dense, count), dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
+        self._save(model, job.key)
+        return {"train_examples": self._num_examples(setup, epochs)}
+
+    def _do_cell(self, job: Job) -> dict[str, Any]:
+        dense, part = self._dense(job.seed), self._part(job.needs[1])
+        epochs = job.fields["recovery_epochs"]
+        model, found = self._cut(job, dense, part)
+        examples = part.get("train_examples", 0)
+        if epochs:
+            setup = self._setup(job)
+            model = recover(model, dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
+            examples += self._num_examples(setup, epochs)
+        predictions = json.loads(self.file(job.needs[0], True).read_text(encoding="utf-8"))["predictions"]
+        measured = self._measured(model, self._logits(model, "test"), np.array(predictions))
+        return {**measured, **found, "train_examples": examples, "part_seconds": part["seconds"]}
+
+    def _cut(self, job: Job, dense: PreTrainedModel, part: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if part["key"].startswith("shorten"):
+            return self._saved(part["key"]), {}
+        if part["key"].startswith("convert"):
+            routed = self._saved(part["key"])
+            plan = plan_by_usage(routed, routed.usage(), keep=job.fields["experts"])
+            return prune_heads(routed, plan), {}
+        source = self._saved(part["key"]) if job.fields["method"] == "dsp" else dense
+        return prune_heads(source, KeepPlan(part["kept"], part["num_heads"])), {"alpha": part.get("alpha")}
+
+    # --- what they share ---
+
+    def _setup(self, job: Job) -> Setup:
+        settings = self.settings
+        return Setup(
+            self.data,
+            self.tokenizer,
+            self.output / "checkpoints",
+            seed=job.seed,
+            batch_size=settings.batch_size,
+            examples_per_epoch=settings.examples_per_epoch,
+            bf16=settings.bf16,
+            resumable=False,  # a cell that was killed begins anew: its result is that of an undisturbed run
+        )
+
+    def _num_examples(self, setup: Setup, epochs: float) -> int:
+        return round(epochs * setup.epoch * len(self.data["train"]))
+
+    def _folder(self, key: str) -> Path:
+        return self.output / "models" / key
+
+    def _stats_file(self, statistics: str, seed: int) -> Path:
+        return self.output / "stats" / f"{statistics}-seed{seed}.safetensors"
+
+    def _part(self, key: str) -> dict[str, Any]:
+        return json.loads(self.file(key, False).read_text(encoding="utf-8"))
+
+    def _save(self, model: PreTrainedModel, key: str) -> None:
+        self.tokenizer.save_pretrained(self._folder(key))
+        model.save_pretrained(self._folder(key))
+
+    def _saved(self, key: str) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(self._folder(key)).eval()
+
+    def _dense(self, seed: int) -> PreTrainedModel:
+        """The dense model of a seed, which no job changes."""
+        return self._load(seed if self.settings.dense_epochs else 0)
+
+    def _read_model(self, seed: int) -> PreTrainedModel:
+        if self.settings.dense_epochs:
+            return self._saved(f"dense-seed{seed}")
+        return to_shrp(AutoModelForSequenceClassification.from_pretrained(self.settings.model)).eval()
+
+    def _logits(self, model: PreTrainedModel, split: str) -> transformers.EvalPrediction:
+        return predict_on(model, self.data[split], self.tokenizer)
+
+    def _quality(self, model: PreTrainedModel, plan: KeepPlan) -> float:
+        with masked_heads(model, plan):
+            return self.task.compute_metrics(self._logits(model, "validation"))[self.task.headline]
+
+    def _decided(self, prediction: transformers.EvalPrediction) -> np.ndarray:
+        logits = prediction.predictions
+        return logits[:, 0] if self.task.is_regression else logits.argmax(axis=-1)
+
+    def _measured(
+        self, model: PreTrainedModel, prediction: transformers.EvalPrediction, dense: np.ndarray
+    ) -> dict[str, Any]:
+        decided, config = self._decided(prediction), model.config
+        is_same = np.abs(decided - dense) <= self.settings.tolerance if self.task.is_regression else decided == dense
+        batch_size, length = BENCHMARK_SHAPE
+        length = min(length, config.max_position_embeddings - 2)
+        kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
+        return {
+            "kept": kept,
+            "expert_layers": config.expert_layers,
+            "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
+            "num_experts": sum(len(kept[i]) for i in config.expert_layers),
+            "metrics": self.task.compute_metrics(prediction),
+            "held_out": self.task.compute_metrics(self._logits(model, "validation")),
+            "rows": len(decided),
+            "correct": None if self.task.is_regression else int((decided == prediction.label_ids).sum()),
+            "agreement": float(is_same.mean()),
+            "num_agreeing": int(is_same.sum()),
+            "parameters": asdict(count_parameters(model)),
+            "flops": count_flops(model, batch_size, length),
+            "flops_shape": [batch_size, length],
+        }
+
+
+def _conversion_epochs(recipe: Recipe, num_layers: int) -> float:
+    return recipe.balance_epochs_per_layer * num_layers + recipe.specialise_epochs
+
+
+def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:
+    listed = [[None if value != value else value for value in row] for row in scores.tolist()]  # NaN is no JSON
+    return {"kept": [list(heads) for heads in plan.kept], "num_heads": plan.num_heads, "num_kept": plan.num_kept, "scores": listed}

@@ -1,0 +1,284 @@
+"""What is compared: methods, budgets, seeds, and the jobs that they come down to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from shrp_hf.budget import KNEE_DEGREES
+from shrp_hf.recipes import Recipe, find_recipe
+from shrp_hf.selectors import SELECTORS
+
+DSP_MODES = {"dsp": "joint", "dsp-pipelined": "pipelined"}
+METHODS = (*sorted(set(SELECTORS) - {"usage"}), *DSP_MODES)
+"""What `selectors` may name: the selectors that score a dense model, and DSP, which learns what to keep."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of the dense model decides which cells are possible.
+
+    Args:
+        num_layers: Layers.
+        num_heads: Heads of each.
+        has_expert_layers: Whether the family converts to SHRP.
+        is_regression: Whether the task has numbers for labels.
+    """
+
+    num_layers: int
+    num_heads: int
+    has_expert_layers: bool = True
+    is_regression: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work that one process does, and the file that says that it is done.
+
+    Args:
+        key: Name of the file.
+        kind: "dense", "stats", "plan", "convert", "shorten" or "cell"; `dense` and `cell` are rows of the result.
+        needs: Keys of the jobs whose results this one reads.
+        seed: The seed.
+        fields: What else it depends on.
+        recipe: How it trains, None where nothing depends on that.
+    """
+
+    key: str
+    kind: str
+    needs: tuple[str, ...]
+    seed: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether its result is a row of the comparison."""
+        return self.kind in ("dense", "cell")
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether it leaves a model behind that others read."""
+        return self.kind in ("convert", "shorten") or (self.kind == "plan" and self.fields["method"] == "dsp")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a comparison: selectors x budgets, conversions x experts and truncations, x recoveries x seeds.
+
+    Args:
+        selectors: Names in `METHODS`; "random" is added unless `without_random`.
+        keep: Shares of the heads that stay.
+        heads: Numbers of heads that stay.
+        knee_degrees: Degrees of CAHP's knee; the other selectors keep as many heads as CAHP does there, seed by seed.
+        expert_layers: Numbers of layers that SHRP converts, counted from the last.
+        experts: Experts that stay in each of them.
+        truncate: Numbers of first layers that a truncated model keeps. It is trained on as many examples as the
+            conversion of its other layers.
+        seeds: Of everything that is drawn.
+        recipes: Names of recipes.
+        recovery_epochs: Epochs of recovery after the cut; None: the recipe's own.
+        experts_per_sequence: Top-k of the routers; None: the recipe's own.
+        balance_coefs: Weights of the balance loss; None: the recipe's own.
+        without_random: Leave the control out.
+    """
+
+    selectors: Sequence[str] = ()
+    keep: Sequence[float] = ()
+    heads: Sequence[int] = ()
+    knee_degrees: Sequence[int] = ()
+    expert_layers: Sequence[int] = ()
+    experts: Sequence[int] = (1,)
+    truncate: Sequence[int] = ()
+    seeds: Sequence[int] = (0,)
+    recipes: Sequence[str] = ("default",)
+    recovery_epochs: Sequence[float | None] = (None,)
+    experts_per_sequence: Sequence[int | None] = (None,)
+    balance_coefs: Sequence[float | None] = (None,)
+    without_random: bool = False
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The selectors, with the control."""
+        wants_control = self.selectors and "random" not in self.selectors and not self.without_random
+        return (*self.selectors, "random") if wants_control else tuple(self.selectors)
+
+    def check(self, shape: ModelShape, min_heads_per_layer: int = 1) -> None:
+        """Refuses a grid that cannot be computed.
+
+        Raises:
+            ValueError: A value is unknown, out of range for the model or named twice, or there is nothing to compare.
+            ImportError: CAHP is asked for and its packages are missing.
+        """
+        for name in self.selectors:
+            if name not in METHODS:
+                raise ValueError(f"`selectors` must be names of {', '.join(METHODS)}, got {name!r}.")
+        for name in self.__dataclass_fields__:
+            values = getattr(self, name)
+            if isinstance(values, Sequence) and len(set(values)) != len(values):
+                twice = next(value for value in values if list(values).count(value) > 1)
+                raise ValueError(f"`{name}` names {twice!r} twice, got {list(values)}: leave one out.")
+        for name in ("seeds", "recipes", "recovery_epochs", "experts", "experts_per_sequence", "balance_coefs"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must hold at least one value, got none.")
+        has_budget = bool(self.keep or self.heads or self.knee_degrees)
+        if bool(self.selectors) != has_budget:
+            given, missing = ("`selectors`", "a budget (`keep`, `heads` or `knee_degrees`)")[:: -1 if has_budget else 1]
+            raise ValueError(f"{given[0].upper()}{given[1:]} without {missing} compares nothing: give both or neither.")
+        if not (self.selectors or self.expert_layers or self.truncate):
+            raise ValueError("Nothing to compare: give `selectors` with a budget, `expert_layers` or `truncate`.")
+        self._check_budgets(shape, min_heads_per_layer)
+        self._check_layers(shape)
+        self._check_training(shape)
+
+    def _check_budgets(self, shape: ModelShape, min_heads_per_layer: int) -> None:
+        available = shape.num_layers * shape.num_heads
+        fewest = max(1, shape.num_layers * min_heads_per_layer)
+        why = f"the model has {available} heads, and `min_heads_per_layer={min_heads_per_layer}` holds {fewest}"
+        for share in self.keep:
+            if not 0 < share <= 1 or not fewest <= int(share * available + 0.5):
+                raise ValueError(f"`keep` must be shares from {fewest / available:.3g} to 1 ({why}), got {share}.")
+        for count in self.heads:
+            if not fewest <= count <= available:
+                raise ValueError(f"`heads` must be between {fewest} and {available} ({why}), got {count}.")
+        for degree in self.knee_degrees:
+            if degree not in KNEE_DEGREES:
+                raise ValueError(f"`knee_degrees` must be between 2 and 6, got {degree}.")
+        if "cahp" in self.selectors or self.knee_degrees:
+            reason = "`selectors` with cahp" if "cahp" in self.selectors else "`knee_degrees`, which are CAHP's,"
+            missing = [name for name in ("sklearn", "kmedoids", "kneed") if find_spec(name) is None]
+            if missing:
+                raise ImportError(f"{reason} needs the package {missing[0]}: pip install 'shrp_hf[posthoc]', or leave it out.")
+            if shape.is_regression:
+                raise ValueError(f"{reason} compares classes, but the task is a regression: leave it out.")
+
+    def _check_layers(self, shape: ModelShape) -> None:
+        if self.expert_layers and not shape.has_expert_layers:
+            raise ValueError(
+                f"`expert_layers` must be left out, got {list(self.expert_layers)}: only BERT and RoBERTa convert to SHRP."
+            )
+        limits = {
+            "expert_layers": shape.num_layers,
+            "experts": shape.num_heads,
+            "truncate": shape.num_layers - 1,
+            "experts_per_sequence": min(5, shape.num_heads),
+        }
+        for name, limit in limits.items():
+            for count in getattr(self, name):
+                if count is not None and not 1 <= count <= limit:
+                    size = f"{shape.num_layers} layers of {shape.num_heads} heads"
+                    raise ValueError(f"`{name}` must be between 1 and {limit} (the model has {size}), got {count}.")
+
+    def _check_training(self, shape: ModelShape) -> None:
+        for recipe in self.recipes:
+            find_recipe(recipe)  # raises
+        for name in ("recovery_epochs", "balance_coefs"):
+            for value in getattr(self, name):
+                if value is not None and not 0 <= value < float("inf"):
+                    raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**31:
+                raise ValueError(f"`seeds` must be whole numbers from 0, got {seed}.")
+
+    def jobs(self) -> dict[str, Job]:
+        """Returns every job by key, each behind those it needs; all of one seed before the next."""
+        jobs: dict[str, Job] = {}
+        for seed in self.seeds:
+            for job in (*self._dense(seed), *self._selected(seed), *self._converted(seed), *self._truncated(seed)):
+                jobs.setdefault(job.key, job)
+        return jobs
+
+    def _dense(self, seed: int) -> Iterator[Job]:
+        yield Job(f"dense-seed{seed}", "dense", (), seed, {"method": "dense"})
+
+    def _recoveries(self, recipe: Recipe) -> list[float]:
+        return sorted({recipe.recovery_epochs if epochs is None else epochs for epochs in self.recovery_epochs})
+
+    def _recovered(self, base: str, part: Job, recipe: Recipe, fields: Mapping[str, Any]) -> Iterator[Job]:
+        """A cell for each recovery of what `part` left behind."""
+        for epochs in self._recoveries(recipe):
+            # What was never trained is the same cell under every recipe.
+            is_trained = bool(epochs) or part.recipe is not None
+            words = [base, recipe.name if is_trained else None, f"recovery{epochs:g}", f"seed{part.seed}"]
+            yield Job(
+                key="-".join(filter(None, words)),
+                kind="cell",
+                needs=(f"dense-seed{part.seed}", part.key),
+                seed=part.seed,
+                fields={**fields, "recovery_epochs": epochs},
+                recipe=recipe if is_trained else None,
+            )
+
+    def _selected(self, seed: int) -> Iterator[Job]:
+        dense = f"dense-seed{seed}"
+        knees = {f"knee{degree}": ("knee_degree", degree) for degree in self.knee_degrees}
+        budgets = {f"keep{share:g}": ("keep", share) for share in self.keep}
+        budgets |= {f"heads{count}": ("heads", count) for count in self.heads} | knees
+        # CAHP first, because others wait for its counts; it is planned for them even where it is not compared.
+        methods = sorted(self.methods, key=lambda name: name != "cahp")
+        for label, (budget, value) in budgets.items():
+            for method in methods if "cahp" in methods or label not in knees else ("cahp", *methods):
+                statistics = STATISTICS.get(method)
+                if statistics:
+                    yield Job(f"stats-{statistics}-seed{seed}", "stats", (dense,), seed, {"statistics": statistics})
+                fields = {"method": method, "budget": budget, "value": value}
+                needs = [dense] + [f"stats-{statistics}-seed{seed}"] * bool(statistics)
+                if label in knees and method != "cahp":
+                    needs.append(f"plan-cahp-{label}-seed{seed}")
+                for recipe in map(find_recipe, self.recipes):
+                    learns = method in DSP_MODES
+                    words = ["plan", method, label, recipe.name if learns else None, f"seed{seed}"]
+                    plan = Job(
+                        key="-".join(filter(None, words)),
+                        kind="plan",
+                        needs=tuple(needs),
+                        seed=seed,
+                        fields=fields,
+                        recipe=recipe if learns else None,
+                    )
+                    yield plan
+                    if method in self.methods:
+                        yield from self._recovered(f"{method}-{label}", plan, recipe, fields)
+
+    def _variants(self) -> Iterator[Recipe]:
+        for name in self.recipes:
+            for top in self.experts_per_sequence:
+                for coef in self.balance_coefs:
+                    yield find_recipe(name, experts_per_sequence=top, balance_coef=coef)
+
+    def _converted(self, seed: int) -> Iterator[Job]:
+        for count in self.expert_layers:
+            for recipe in self._variants():
+                variant = f"top{recipe.experts_per_sequence}-coef{recipe.balance_coef:g}"
+                routed = Job(
+                    key=f"convert-layers{count}-{recipe.name}-{variant}-seed{seed}",
+                    kind="convert",
+                    needs=(f"dense-seed{seed}",),
+                    seed=seed,
+                    fields={"layers": count},
+                    recipe=recipe,
+                )
+                yield routed
+                for experts in self.experts:
+                    fields = {"method": "shrp", "budget": "layers", "value": count, "experts": experts}
+                    base = f"shrp-layers{count}-experts{experts}-{variant}"
+                    yield from self._recovered(base, routed, recipe, fields)
+
+    def _truncated(self, seed: int) -> Iterator[Job]:
+        for count in self.truncate:
+            for recipe in map(find_recipe, self.recipes):
+                short = Job(
+                    key=f"shorten-layers{count}-{recipe.name}-seed{seed}",
+                    kind="shorten",
+                    needs=(f"dense-seed{seed}",),
+                    seed=seed,
+                    fields={"layers": count},
+                    recipe=recipe,
+                )
+                yield short
+                fields = {"method": "truncate", "budget": "layers", "value": count}
+                yield from self._recovered(f"truncate-layers{count}", short, recipe, fields)
+
+
+STATISTICS = {"his": "heads", "hies": "heads", "entropy": "heads", "cahp": "signatures"}
+"""Which pass over calibration rows a selector reads; those that are not named need none."""

@@ -1,0 +1,142 @@
+"""A comparison from start to end: which jobs are left, who does them, what became of them."""
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from shrp_hf.compare.cells import Settings, Worker
+from shrp_hf.compare.claims import claim
+from shrp_hf.compare.grid import Grid, Job, ModelShape
+from shrp_hf.report import write_text
+from shrp_hf.tasks.task import Task
+
+POLL_SECONDS = 1.0
+
+Watch = Callable[[int, int, str], object]
+
+
+class Comparison:
+    """The cells of a grid in one directory, shared with every other run that was started on it.
+
+    Args:
+        settings: What holds for every cell of the directory.
+        grid: What is compared. Another run may add another grid to the directory.
+        task: What the model does; chosen on its held-out rows, reported on the others.
+        output: The directory: `cells` (a JSON file each, and a row of the result), `parts` and `models` (what cells are
+            made of), `stats`, `claims`.
+
+    Raises:
+        ValueError: The grid or the model does not suit, or the directory holds cells of other settings.
+    """
+
+    def __init__(self, settings: Settings, grid: Grid, task: Task, output: Path) -> None:
+        grid.check(_shape_of(settings, task), settings.min_heads_per_layer)
+        self.output = output
+        self.worker = Worker(settings, task, output)
+        self.jobs = grid.jobs()
+        self._started = time.time()
+        self._check_directory()
+
+    @property
+    def cells(self) -> list[Job]:
+        """The jobs that become rows of the result."""
+        return [job for job in self.jobs.values() if job.is_cell]
+
+    def run(self, watch: Watch = lambda done, total, doing: None) -> dict[str, str]:
+        """Does what is missing, side by side with other runs on the same directory, until all is done or has failed.
+
+        Args:
+            watch: Called with cells done (by whomever), cells in all, and the job that begins, or "" for waiting.
+
+        Returns:
+            Key -> error of every cell that could not be computed.
+        """
+        while missing := self._missing():
+            if not any(self._do(job, watch) for job in missing if self._is_ready(job)):
+                self._watch(watch, "")
+                time.sleep(POLL_SECONDS)  # the other runs have all that can be done now
+        self._watch(watch, "")
+        return {job.key: self._failure(job) for job in self.cells if self._failure(job)}
+
+    def drop_models(self) -> None:
+        """Removes the models that cells were made of, once every cell of this grid is there."""
+        if all(self.worker.is_done(job) for job in self.cells):
+            shutil.rmtree(self.output / "models", ignore_errors=True)
+
+    def _missing(self) -> list[Job]:
+        """Jobs to do, in order: cells without a file, and what they need that is not there."""
+        wanted: set[str] = set()
+        for job in reversed(self.jobs.values()):
+            if (job.is_cell or job.key in wanted) and not self.worker.is_done(job) and not self._failure(job):
+                wanted |= {job.key, *job.needs}
+        return [job for job in self.jobs.values() if job.key in wanted and not self.worker.is_done(job)]
+
+    def _is_ready(self, job: Job) -> bool:
+        return all(self.worker.is_done(self.jobs[key]) for key in job.needs)
+
+    def _do(self, job: Job, watch: Watch) -> bool:
+        """Does a job if nobody else has it; returns whether it was done or has failed here."""
+        with claim(self.output / "claims" / f"{job.key}.lock") as is_ours:
+            if not is_ours or self.worker.is_done(job) or self._failure(job):
+                return False
+            self._watch(watch, job.key)
+            try:
+                self.worker.do(job)
+            except Exception:  # the other cells go on; what happened is kept, and reported at the end
+                write_text(self._error_file(job), traceback.format_exc())
+            else:
+                self._error_file(job).unlink(missing_ok=True)
+            return True
+
+    def _error_file(self, job: Job) -> Path:
+        return self.worker.file(job).with_suffix(".error")
+
+    def _failure(self, job: Job) -> str | None:
+        """Why a job cannot be done: its own error, or that of one it needs. Errors of earlier runs do not count."""
+        file = self._error_file(job)
+        if file.exists() and file.stat().st_mtime >= self._started and not self.worker.is_done(job):
+            return file.read_text(encoding="utf-8").strip().splitlines()[-1]
+        for key in () if self.worker.is_done(job) else job.needs:
+            if self._failure(self.jobs[key]):
+                return f"needs {key}: {self._failure(self.jobs[key])}"
+        return None
+
+    def _watch(self, watch: Watch, doing: str) -> None:
+        cells = self.cells
+        watch(sum(self.worker.file(job).exists() for job in cells), len(cells), doing)
+
+    def _check_directory(self) -> None:
+        for job in self.jobs.values():
+            if not self.worker.file(job).exists():
+                continue
+            found, wanted = json.loads(self.worker.file(job).read_text(encoding="utf-8"))["settings"], self.worker.identity(job)
+            if found != json.loads(json.dumps(wanted)):
+                names = [name for name in wanted if found.get(name) != wanted[name]]
+                raise ValueError(
+                    f"`output` {str(self.output)!r} holds {job.key} with another `{names[0]}`: {found.get(names[0])!r}, not "
+                    f"{wanted[names[0]]!r}. Choose another directory, or remove this one."
+                )
+
+
+def _shape_of(settings: Settings, task: Task) -> ModelShape:
+    """What the checks need to know of the model; only its config is read."""
+    config: Any = AutoConfig.from_pretrained(settings.model)
+    kept, experts = getattr(config, "kept_heads", None), getattr(config, "expert_layers", ())
+    if kept is not None or experts:
+        raise ValueError(
+            f"`model` {settings.model!r} has pruned heads or expert layers already: compare from the dense model it came from."
+        )
+    if not settings.dense_epochs and config.num_labels != task.num_labels:
+        raise ValueError(
+            f"`model` {settings.model!r} predicts {config.num_labels} labels, but the task {task.name!r} has "
+            f"{task.num_labels}: give a model that was fine-tuned on it, or `dense_epochs` to fine-tune it."
+        )
+    family = config.model_type.removeprefix("shrp_")
+    converts = family in ("bert", "roberta", "xlm-roberta", "camembert")
+    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.is_regression)
