@@ -2,9 +2,20 @@
 
 from shrp_hf.cli.app import app, main
 from shrp_hf.cli.card import card
+from shrp_hf.cli.compare import compare
 from shrp_hf.cli.export import export
 from shrp_hf.cli.inspect import inspect
 from shrp_hf.cli.prune import prune
 from shrp_hf.cli.train import demo, train
 
-__all__ = ["app", "card", "demo", "export", "inspect", "main", "prune", "train"]
+__all__ = [
+    "app",
+    "card",
+    "compare",
+    "demo",
+    "export",
+    "inspect",
+    "main",
+    "prune",
+    "train",
+]

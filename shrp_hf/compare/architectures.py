@@ -16,9 +16,7 @@ def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     if not 1 <= count <= config.num_hidden_layers or config.kept_heads is not None or config.expert_layers:
-        raise ValueError(
-            f"`count` must be between 1 and the {config.num_hidden_layers} layers of a dense model, got {count}."
-        )
+        raise ValueError(f"`count` must be between 1 and the {config.num_hidden_layers} layers of a dense model, got {count}.")
     config.num_hidden_layers = count
     short = type(model)(config).to(model.device, model.dtype)
     weights = model.state_dict()

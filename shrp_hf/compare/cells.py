@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ class Worker:
         self.output = output
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.data = task.tokenize(self.tokenizer, max_length=settings.max_length)
-        self._load = lru_cache(maxsize=2)(self._read_model)
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
         """The file that says that a job is done."""
@@ -196,7 +195,7 @@ class Worker:
             **weights,
         )
         trainer = ShrpTrainer(
-            self._read_model(job.seed),
+            self._dense(job.seed),
             args,
             train_dataset=self.data["train"],
             processing_class=self.tokenizer,
@@ -282,10 +281,7 @@ class Worker:
         return AutoModelForSequenceClassification.from_pretrained(self._folder(key)).eval()
 
     def _dense(self, seed: int) -> PreTrainedModel:
-        """The dense model of a seed, which no job changes."""
-        return self._load(seed if self.settings.dense_epochs else 0)
-
-    def _read_model(self, seed: int) -> PreTrainedModel:
+        """The dense model of a seed, read anew for each job: a trainer freezes the teacher that it is given."""
         if self.settings.dense_epochs:
             return self._saved(f"dense-seed{seed}")
         return to_shrp(AutoModelForSequenceClassification.from_pretrained(self.settings.model)).eval()
@@ -301,9 +297,7 @@ class Worker:
         logits = prediction.predictions
         return logits[:, 0] if self.task.is_regression else logits.argmax(axis=-1)
 
-    def _measured(
-        self, model: PreTrainedModel, prediction: transformers.EvalPrediction, dense: np.ndarray
-    ) -> dict[str, Any]:
+    def _measured(self, model: PreTrainedModel, prediction: transformers.EvalPrediction, dense: np.ndarray) -> dict[str, Any]:
         decided, config = self._decided(prediction), model.config
         is_same = np.abs(decided - dense) <= self.settings.tolerance if self.task.is_regression else decided == dense
         batch_size, length = BENCHMARK_SHAPE
@@ -332,4 +326,9 @@ def _conversion_epochs(recipe: Recipe, num_layers: int) -> float:
 
 def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:
     listed = [[None if value != value else value for value in row] for row in scores.tolist()]  # NaN is no JSON
-    return {"kept": [list(heads) for heads in plan.kept], "num_heads": plan.num_heads, "num_kept": plan.num_kept, "scores": listed}
+    return {
+        "kept": [list(heads) for heads in plan.kept],
+        "num_heads": plan.num_heads,
+        "num_kept": plan.num_kept,
+        "scores": listed,
+    }

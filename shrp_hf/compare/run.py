@@ -66,14 +66,16 @@ class Comparison:
 
     def drop_models(self) -> None:
         """Removes the models that cells were made of, once every cell of this grid is there."""
-        if all(self.worker.is_done(job) for job in self.cells):
+        if all(self.worker.file(job).exists() for job in self.cells):
             shutil.rmtree(self.output / "models", ignore_errors=True)
 
     def _missing(self) -> list[Job]:
         """Jobs to do, in order: cells without a file, and what they need that is not there."""
         wanted: set[str] = set()
         for job in reversed(self.jobs.values()):
-            if (job.is_cell or job.key in wanted) and not self.worker.is_done(job) and not self._failure(job):
+            # A cell needs its file, what others read also the model behind it.
+            done = self.worker.is_done(job) if job.key in wanted else self.worker.file(job).exists() or not job.is_cell
+            if not done and not self._failure(job):
                 wanted |= {job.key, *job.needs}
         return [job for job in self.jobs.values() if job.key in wanted and not self.worker.is_done(job)]
 
@@ -89,6 +91,7 @@ class Comparison:
             try:
                 self.worker.do(job)
             except Exception:  # the other cells go on; what happened is kept, and reported at the end
+                self._error_file(job).parent.mkdir(parents=True, exist_ok=True)
                 write_text(self._error_file(job), traceback.format_exc())
             else:
                 self._error_file(job).unlink(missing_ok=True)
@@ -115,7 +118,10 @@ class Comparison:
         for job in self.jobs.values():
             if not self.worker.file(job).exists():
                 continue
-            found, wanted = json.loads(self.worker.file(job).read_text(encoding="utf-8"))["settings"], self.worker.identity(job)
+            found, wanted = (
+                json.loads(self.worker.file(job).read_text(encoding="utf-8"))["settings"],
+                self.worker.identity(job),
+            )
             if found != json.loads(json.dumps(wanted)):
                 names = [name for name in wanted if found.get(name) != wanted[name]]
                 raise ValueError(

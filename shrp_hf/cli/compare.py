@@ -1,0 +1,149 @@
+"""`shrp-hf compare`."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, app
+
+if TYPE_CHECKING:
+    from shrp_hf.compare import Comparison
+
+
+def _list_of(kind: type) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(word.strip()) for word in text.split(",") if word.strip()]
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no list of numbers separated by commas") from error
+
+    parse.__name__ = {str: "names", int: "numbers", float: "numbers"}[kind]  # what --help calls it
+    return parse
+
+
+def _option(kind: type, text: str) -> Any:
+    return typer.Option(parser=_list_of(kind), help=text)
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    dataset: DatasetOption,
+    output: OutputOption,
+    data_dir: DataDirOption = None,
+    selectors: Annotated[Any, _option(str, "hies, his, entropy, cahp, magnitude, random, dsp, dsp-pipelined.")] = "",
+    keep: Annotated[Any, _option(float, "Shares of the heads that stay.")] = "",
+    heads: Annotated[Any, _option(int, "Numbers of heads that stay.")] = "",
+    knee_degrees: Annotated[Any, _option(int, "Degrees of CAHP's knee; the others keep as many heads as CAHP.")] = "",
+    expert_layers: Annotated[Any, _option(int, "SHRP: numbers of layers to convert.")] = "",
+    experts: Annotated[Any, _option(int, "SHRP: experts that stay in each converted layer.")] = "1",
+    truncate: Annotated[Any, _option(int, "First-k-layers truncation: values of k.")] = "",
+    seeds: Annotated[Any, _option(int, "Seeds.")] = "0,1,2",
+    recipes: Annotated[Any, _option(str, "default, paper: how conversions and recoveries train.")] = "default",
+    recovery_epochs: Annotated[Any, _option(float, "Epochs of recovery after the cut; default: the recipe's.")] = "",
+    experts_per_sequence: Annotated[Any, _option(int, "SHRP: Top-k of the routers; default: the recipe's.")] = "",
+    balance_coef: Annotated[Any, _option(float, "SHRP: weights of the balance loss; default: the recipe's.")] = "",
+    without_random: Annotated[bool, typer.Option("--without-random", help="Leave the random control out.")] = False,
+    dense_epochs: Annotated[float, typer.Option(help="Fine-tune MODEL, once per seed; 0: it is fine-tuned.")] = 0.0,
+    dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 1e-4,
+    examples_per_epoch: Annotated[int | None, typer.Option(help="Training examples per epoch; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Training rows to score heads on.")] = 1024,
+    signature_size: Annotated[int, typer.Option(help="CAHP: side of the resized attention maps; 48 for pairs.")] = 32,
+    min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
+    alpha: Annotated[str, typer.Option(help='HIES: weight of importance, or "search" (on held-out rows).')] = "0.5",
+    dsp_epochs: Annotated[float, typer.Option(help="DSP: epochs that learn what to keep, before recovery.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = 0.25,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
+    split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = 0,
+    keep_models: Annotated[bool, typer.Option(help="Keep dense and routed models in OUTPUT/models.")] = True,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Compute nothing: tables of what is there.")] = False,
+) -> None:
+    """Compares ways to make one model smaller: selectors x budgets x seeds, SHRP, truncation, random.
+
+    Every cell is a file. Started again after an interruption it computes what is missing; started twice at a time, the
+    two share the work; with another grid it adds to the directory. All methods get the same recovery. Nothing is ever
+    chosen on the reported rows.
+
+    Example: `shrp-hf compare out/demo/dense --dataset docstrings --selectors hies,his,cahp --keep 0.75,0.5
+    --recovery-epochs 0,1 --truncate 1,3 --expert-layers 3,5 --output out/compare`
+    """
+    from shrp_hf.compare import Comparison, Grid, Settings, write_results
+    from shrp_hf.tasks.loading import load_task
+
+    grid = Grid(
+        selectors=selectors,
+        keep=keep,
+        heads=heads,
+        knee_degrees=knee_degrees,
+        expert_layers=expert_layers,
+        experts=experts,
+        truncate=truncate,
+        seeds=seeds,
+        recipes=recipes,
+        recovery_epochs=recovery_epochs or (None,),
+        experts_per_sequence=experts_per_sequence or (None,),
+        balance_coefs=balance_coef or (None,),
+        without_random=without_random,
+    )
+    settings = Settings(
+        model=model,
+        dense_epochs=dense_epochs,
+        dense_learning_rate=dense_learning_rate,
+        examples_per_epoch=examples_per_epoch,
+        batch_size=batch_size,
+        max_length=max_length,
+        calibration_samples=calibration_samples,
+        signature_size=signature_size,
+        min_heads_per_layer=min_heads_per_layer,
+        alpha=None if alpha == "search" else float(alpha),
+        dsp_epochs=dsp_epochs,
+        tolerance=tolerance,
+        bf16=bf16,
+        split_seed=split_seed,
+    )
+    console = Console(file=sys.stdout)
+    errors = {}
+    if not report_only:
+        comparison = Comparison(settings, grid, load_task(dataset, data_dir, seed=split_seed, max_train=max_train), output)
+        errors = _run(comparison, console)
+        if not keep_models:
+            comparison.drop_models()
+    for path in write_results(output):
+        console.print(f"Written: {path}", soft_wrap=True)
+    for key, error in errors.items():
+        console.print(f"[red]Failed:[/] {key}: {error} (see {key}.error in {output / 'cells'} or parts)", soft_wrap=True)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _run(comparison: "Comparison", console: Console) -> dict[str, str]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # Cells take minutes, so what is left is judged by all that were done, not by the last 30 seconds.
+    with Progress(*columns, console=console, speed_estimate_period=float("inf")) as progress, _quiet(comparison.output):
+        bar = progress.add_task("", total=None)
+
+        def watch(done: int, total: int, doing: str) -> None:
+            progress.update(bar, completed=done, total=total, description=doing or "waiting for other runs")
+            if doing and not console.is_terminal:
+                console.print(f"{done} of {total} cells; now {doing}", soft_wrap=True)
+
+        return comparison.run(watch)
+
+
+@contextlib.contextmanager
+def _quiet(output: Path) -> Iterator[None]:
+    """Sends what the trainings print to a file of this process: it would tear the progress bar."""
+    log = output / "logs" / f"{os.getpid()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield

@@ -1,0 +1,8 @@
+"""Methods side by side on one dense model, under equal conditions: cells, tables, report."""
+
+from shrp_hf.compare.cells import Settings
+from shrp_hf.compare.grid import METHODS, Grid
+from shrp_hf.compare.results import write_results
+from shrp_hf.compare.run import Comparison
+
+__all__ = ["METHODS", "Comparison", "Grid", "Settings", "write_results"]

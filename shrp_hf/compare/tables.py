@@ -1,0 +1,200 @@
+"""The result in numbers: a row for each cell (CSV), and means with 95% intervals over seeds (Markdown)."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Cell = Mapping[str, Any]
+Timings = Mapping[str, Mapping[str, float]]
+
+_IDENTITY = ("method", "budget", "value", "experts", "recipe", "recovery_epochs")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of one number over seeds.
+
+    Args:
+        mean: The mean.
+        margin: Half the width of the 95% t interval; None where there is one seed, which has none.
+        num: Number of seeds.
+    """
+
+    mean: float
+    margin: float | None
+    num: int
+
+    def text(self, decimals: int = 4, scale: float = 1.0) -> str:
+        """Prints "mean ± margin"."""
+        margin = "" if self.margin is None else f" ± {self.margin * scale:.{decimals}f}"
+        return f"{self.mean * scale:.{decimals}f}{margin}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Returns the mean and its 95% interval by Student's t, as of independent seeds.
+
+    Raises:
+        ValueError: There is no value.
+        ImportError: scipy is missing.
+    """
+    if not values:
+        raise ValueError("`values` must hold at least one number, got none.")
+    count = len(values)
+    if count == 1:
+        return Estimate(values[0], None, 1)
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("Intervals need scipy: pip install 'shrp_hf[metrics]'.") from error
+    margin = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Estimate(statistics.fmean(values), margin, count)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells that differ only in their seed.
+
+    Args:
+        cells: The cells, by seed.
+        dense: The dense cells of the same seeds, in the same order.
+        speed: Measured speed of their architecture, if it was measured.
+    """
+
+    cells: tuple[Cell, ...]
+    dense: tuple[Cell, ...]
+    speed: Mapping[str, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the row is called."""
+        return name_of(self.cells[0])
+
+    def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
+        """Mean and interval of a number of a cell."""
+        return estimate([value(cell) for cell in self.cells])
+
+    def against_dense(self, value: Callable[[Cell], float]) -> Estimate:
+        """Mean and interval of the ratio to the dense model of the same seed."""
+        return estimate([value(a) / value(b) if value(b) else math.nan for a, b in zip(self.cells, self.dense, strict=True)])
+
+
+def name_of(cell: Cell) -> str:
+    """What cells of this kind are called in tables and pictures."""
+    method, value = cell["method"], cell.get("value")
+    if method == "dense":
+        return "dense"
+    if method == "shrp":
+        name = f"shrp, {value} layers, {cell['experts']} experts each"
+        settings = cell["settings"]["recipe"]
+        name += f", top-{settings['experts_per_sequence']}, balance {settings['balance_coef']:g}"
+    elif method == "truncate":
+        name = f"first {value} layers"
+    else:
+        budget = {"keep": f"{value:.0%} of heads", "heads": f"{value} heads", "knee_degree": f"knee of degree {value}"}
+        name = f"{method}, {budget[cell['budget']]}"
+    return name
+
+
+def training_of(cell: Cell) -> str:
+    """How cells of this kind were trained after the dense model."""
+    if cell["method"] == "dense":
+        return "-"
+    epochs = f"{cell['recovery_epochs']:g} recovery"
+    return epochs if cell["recipe"] is None else f"{cell['recipe']}, {epochs}"
+
+
+def read_cells(output: Path) -> list[Cell]:
+    """Reads every cell of a directory, whichever run made it, in the order of the table."""
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "cells").glob("*.json"))]
+    return sorted(cells, key=lambda cell: (_order(cell), cell["seed"]))
+
+
+def rows_of(cells: Sequence[Cell], timings: Timings | None = None) -> list[Row]:
+    """Gathers cells that differ only in their seed; a cell whose dense model has no cell is left out."""
+    dense = {cell["seed"]: cell for cell in cells if cell["method"] == "dense"}
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell["seed"] in dense:
+            groups.setdefault(cell["key"].removesuffix(f"-seed{cell['seed']}"), []).append(cell)
+    rows = []
+    for group, members in groups.items():
+        speed = (timings or {}).get(group)
+        rows.append(Row(tuple(members), tuple(dense[cell["seed"]] for cell in members), speed))
+    return rows
+
+
+def markdown_table(rows: Sequence[Row], headline: str) -> str:
+    """Returns the table: mean and 95% interval over seeds of what varies, and what each kind of cell costs.
+
+    Args:
+        rows: From `rows_of`.
+        headline: Name of the metric that stands for the task.
+    """
+    quality = f"{headline} (reported)"
+    titles = ["", "training", "seeds", quality, "of dense, %", "agreement, %", "held out", "heads", "experts"]
+    titles += ["encoder", "encoder + pooler", "whole model", "FLOPs"]
+    has_speed = any(row.speed for row in rows)
+    titles += ["throughput"] * has_speed
+    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
+    for row in rows:
+        cell, dense = row.cells[0], row.dense[0]
+        line = [
+            row.name,
+            training_of(cell),
+            str(len(row.cells)),
+            row.over_seeds(lambda cell: cell["metrics"][headline]).text(),
+            row.against_dense(lambda cell: cell["metrics"][headline]).text(1, 100),
+            row.over_seeds(lambda cell: cell["agreement"]).text(1, 100),
+            row.over_seeds(lambda cell: cell["held_out"][headline]).text(),
+            f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",
+            f"{cell['num_experts']}",
+        ]
+        for name in ("encoder", "encoder_and_pooler", "whole"):
+            change = cell["parameters"][name] / dense["parameters"][name] - 1
+            line.append(f"{cell['parameters'][name]:,}" + (f" ({change:+.1%})" if change else ""))
+        line.append(f"{cell['flops'] / dense['flops']:.1%}")
+        if has_speed:
+            line.append(f"{row.speed['ratio']:.2f}x" if row.speed else "-")
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
+    """Returns a table with one row a cell: what it is, what it reached, what it costs. Empty where a number has no meaning."""
+    metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    columns: dict[str, Callable[[Cell], Any]] = {name: lambda cell, name=name: cell.get(name) for name in ("key", *_IDENTITY)}
+    columns |= {name: lambda cell, name=name: cell[name] for name in ("seed", "num_heads", "num_experts")}
+    columns |= {name: lambda cell, name=name: cell["metrics"].get(name) for name in metrics}
+    columns |= {f"held_out_{name}": lambda cell, name=name: cell["held_out"].get(name) for name in metrics}
+    columns |= {name: lambda cell, name=name: cell[name] for name in ("correct", "rows", "agreement", "num_agreeing")}
+    for name in ("encoder", "encoder_and_pooler", "whole", "embeddings"):
+        columns[f"parameters_{name}"] = lambda cell, name=name: cell["parameters"][name]
+    columns |= {name: lambda cell, name=name: cell[name] for name in ("flops", "train_examples", "seconds")}
+    columns["part_seconds"] = lambda cell: cell.get("part_seconds")
+    columns["alpha"] = lambda cell: cell.get("alpha")
+    for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second"):
+        columns[f"speed_{name}"] = lambda cell, name=name: (
+            (timings or {}).get(cell["key"].removesuffix(f"-seed{cell['seed']}"), {}).get(name)
+        )
+    columns["kept"] = lambda cell: json.dumps(cell["kept"])
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([read(cell) for read in columns.values()] for cell in cells)
+    return buffer.getvalue()
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    kinds = {"dense": 0, "truncate": 2, "shrp": 3}
+    budget = {"keep": 0, "heads": 1, "knee_degree": 2}.get(cell.get("budget"), 3)
+    value = cell.get("value") or 0
+    # Budgets from mild to severe: fewer heads, a higher degree, fewer layers, more conversions.
+    severity = value if cell.get("budget") == "knee_degree" or cell["method"] == "shrp" else -value
+    place = kinds.get(cell["method"], 1)
+    return place, budget, severity, -cell.get("experts", 0), cell.get("recovery_epochs", 0), cell["key"]
