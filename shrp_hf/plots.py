@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KEPT_COLOUR = "#d1495b"
 INK = "#3b3b3b"
+_MARKERS = "osD^vPX*<>"
 
 
 def plot_usage(usage: Mapping[int, Sequence[int]], path: str | Path, kept: KeepPlan | None = None) -> Path:
@@ -76,7 +77,7 @@ def plot_head_map(scores: Sequence[Sequence[float]] | torch.Tensor, plan: KeepPl
 
 
 def plot_quality_curve(
-    points: Mapping[str, Sequence[tuple[int, float, float, float]]],
+    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
     path: str | Path,
     baseline: float | None = None,
     quality: str = "accuracy",
@@ -94,23 +95,12 @@ def plot_quality_curve(
             low <= quality <= high.
         ImportError: matplotlib is not installed.
     """
-    if not points:
-        raise ValueError("`points` must hold at least one selector, got none.")
-    tables = {name: _matrix([list(point) for point in rows], f"points[{name!r}]", 4) for name, rows in points.items()}
-    for name, table in tables.items():
-        _, value, low, high = table.unbind(dim=1)
-        if (low > value).any() or (high < value).any():
-            raise ValueError(f"`points[{name!r}]` must be (kept heads, quality, low, high), low <= quality <= high.")
     figure, axes = _figure(7.0, 4.4)
-    markers = "osD^vPX*<>"
+    tables = _point_tables(points, "kept heads")
     # A small sideways shift per selector keeps the error bars of one budget apart.
     step = 0.006 * max(table[:, 0].max().item() for table in tables.values())
     for i, (name, table) in enumerate(tables.items()):
-        kept, value, low, high = table[table[:, 0].argsort()].unbind(dim=1)
-        shift = (i - (len(tables) - 1) / 2) * step
-        errors = torch.stack([value - low, high - value]).numpy()
-        style = {"marker": markers[i % len(markers)], "markersize": 5, "capsize": 2.5, "elinewidth": 1}
-        axes.errorbar((kept + shift).numpy(), value.numpy(), yerr=errors, label=name, color=f"C{i}", **style)
+        _error_bars(axes, i, name, table, shift=(i - (len(tables) - 1) / 2) * step)
     if baseline is not None:
         axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="unpruned")
     axes.set_xlabel("kept heads")
@@ -118,6 +108,82 @@ def plot_quality_curve(
     axes.set_title(f"{quality.capitalize()} against kept heads")
     _finish_lines(axes)
     return _write(figure, path)
+
+
+def plot_frontier(
+    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    path: str | Path,
+    baseline: float,
+    quality: str = "accuracy",
+) -> Path:
+    """Draws quality against measured speed-up, a line per method: up and to the right is better.
+
+    Args:
+        points: Method -> (speed-up over the dense model, quality, low, high); low and high are the ends of the error bar.
+        path: Where to; the suffix chooses the format.
+        baseline: Quality of the dense model, drawn as a dashed line; its speed-up is 1.
+        quality: What is measured, for the axis.
+
+    Raises:
+        ValueError: As in `plot_quality_curve`, or a speed-up is not more than 0.
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure(7.0, 4.4)
+    tables = _point_tables(points, "speed-up")
+    if any((table[:, 0] <= 0).any() for table in tables.values()):
+        raise ValueError("`points` must hold speed-ups of more than 0.")
+    for i, (name, table) in enumerate(tables.items()):
+        _error_bars(axes, i, name, table)
+    axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
+    fastest = max(table[:, 0].max().item() for table in tables.values())
+    if fastest > 2:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlabel("measured throughput against the dense model")
+    axes.set_ylabel(quality)
+    axes.set_title(f"{quality.capitalize()} against measured speed-up")
+    _finish_lines(axes)
+    return _write(figure, path)
+
+
+def plot_keep_rates(rates: Sequence[Sequence[float]] | torch.Tensor, path: str | Path, title: str) -> Path:
+    """Draws how often each head stays, over seeds: whether a method always finds the same ones.
+
+    Args:
+        rates: Shape (layers, heads), 0 to 1.
+        path: Where to; the suffix chooses the format.
+        title: What was kept by which method.
+
+    Raises:
+        ValueError: `rates` is no matrix of numbers from 0 to 1.
+        ImportError: matplotlib is not installed.
+    """
+    rates = _matrix(rates, "rates")
+    if (rates < 0).any() or (rates > 1).any():
+        raise ValueError("`rates` must be numbers from 0 to 1.")
+    figure, axes = _grid_figure(*rates.shape)
+    _heat_map(figure, axes, 100 * rates, range(len(rates)), "seeds that keep it (%)", 0)
+    axes.set_xlabel("head")
+    axes.set_title(title)
+    return _write(figure, path)
+
+
+def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) -> dict[str, torch.Tensor]:
+    if not points:
+        raise ValueError("`points` must hold at least one selector, got none.")
+    tables = {name: _matrix([list(point) for point in rows], f"points[{name!r}]", 4) for name, rows in points.items()}
+    for name, table in tables.items():
+        _, value, low, high = table.unbind(dim=1)
+        if (low > value).any() or (high < value).any():
+            raise ValueError(f"`points[{name!r}]` must be ({what}, quality, low, high), low <= quality <= high.")
+    return tables
+
+
+def _error_bars(axes: "Axes", index: int, name: str, table: torch.Tensor, shift: float = 0.0) -> None:
+    x, value, low, high = table[table[:, 0].argsort()].unbind(dim=1)
+    errors = torch.stack([value - low, high - value]).numpy()
+    style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "capsize": 2.5, "elinewidth": 1}
+    axes.errorbar((x + shift).numpy(), value.numpy(), yerr=errors, label=name, color=f"C{index % 10}", **style)
 
 
 def plot_clusters(

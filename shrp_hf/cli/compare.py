@@ -66,6 +66,7 @@ def compare(
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
     split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = 0,
     keep_models: Annotated[bool, typer.Option(help="Keep dense and routed models in OUTPUT/models.")] = True,
+    speed: Annotated[bool, typer.Option(help="Measure throughput at the end, of every shape in one run.")] = True,
     report_only: Annotated[bool, typer.Option("--report-only", help="Compute nothing: tables of what is there.")] = False,
 ) -> None:
     """Compares ways to make one model smaller: selectors x budgets x seeds, SHRP, truncation, random.
@@ -77,7 +78,7 @@ def compare(
     Example: `shrp-hf compare out/demo/dense --dataset docstrings --selectors hies,his,cahp --keep 0.75,0.5
     --recovery-epochs 0,1 --truncate 1,3 --expert-layers 3,5 --output out/compare`
     """
-    from shrp_hf.compare import Comparison, Grid, Settings, write_results
+    from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
     from shrp_hf.tasks.loading import load_task
 
     grid = Grid(
@@ -118,6 +119,9 @@ def compare(
         errors = _run(comparison, console)
         if not keep_models:
             comparison.drop_models()
+        if speed and not errors:
+            console.print("Measuring the speed of every shape in one run")
+            measure_speed(output, read_cells(output))
     for path in write_results(output):
         console.print(f"Written: {path}", soft_wrap=True)
     for key, error in errors.items():

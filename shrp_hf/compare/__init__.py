@@ -4,5 +4,7 @@ from shrp_hf.compare.cells import Settings
 from shrp_hf.compare.grid import METHODS, Grid
 from shrp_hf.compare.results import write_results
 from shrp_hf.compare.run import Comparison
+from shrp_hf.compare.speed import measure_speed
+from shrp_hf.compare.tables import read_cells
 
-__all__ = ["METHODS", "Comparison", "Grid", "Settings", "write_results"]
+__all__ = ["METHODS", "Comparison", "Grid", "Settings", "measure_speed", "read_cells", "write_results"]

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -24,28 +25,47 @@ def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     return short.train(model.training)
 
 
-def empty_model(dense: PreTrainedModel, cell: Mapping[str, Any]) -> PreTrainedModel:
-    """Builds the architecture of a cell with random weights, on the default device.
+@dataclass(frozen=True)
+class Shape:
+    """What a cell's speed depends on: which heads and layers were chosen makes no difference.
 
     Args:
-        dense: The dense Shrp model it was made from.
-        cell: The cell's record, of which `kept` and `expert_layers` are read.
+        num_ordinary: Layers that are ordinary.
+        num_heads: Heads in all of them; they are timed spread evenly, with which the FLOPs are the same.
+        experts: Experts of each expert layer, ascending.
+    """
+
+    num_ordinary: int
+    num_heads: int
+    experts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, cell: Mapping[str, Any]) -> Self:
+        """The shape of a cell, from its record."""
+        counts = [len(heads) for heads in cell["kept"]]
+        expert_layers = set(cell["expert_layers"])
+        ordinary = [count for layer, count in enumerate(counts) if layer not in expert_layers]
+        return cls(len(ordinary), sum(ordinary), tuple(sorted(counts[layer] for layer in expert_layers)))
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"{self.num_ordinary} layers of {self.num_heads} heads, experts {'+'.join(map(str, self.experts)) or 'none'}"
+
+
+def empty_model(dense: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    """Builds a model of this shape with random weights.
+
+    Args:
+        dense: The dense Shrp model whose other sizes it has.
+        shape: Its layers.
     """
     config = copy.deepcopy(dense.config)
-    kept = [list(heads) for heads in cell["kept"]]
-    config.num_hidden_layers = len(kept)
-    config.kept_heads = None if all(len(heads) == config.num_attention_heads for heads in kept) else kept
-    config.expert_layers, config.routed = list(cell["expert_layers"]), False
+    total = config.num_attention_heads
+    each, more = divmod(shape.num_heads, max(1, shape.num_ordinary))
+    counts = [each + (i < more) for i in range(shape.num_ordinary)] + list(shape.experts)
+    config.num_hidden_layers = len(counts)
+    config.kept_heads = None if all(count == total for count in counts) else [list(range(count)) for count in counts]
+    config.expert_layers, config.routed = list(range(shape.num_ordinary, len(counts))), False
     with torch.random.fork_rng():
         return type(dense)(config).eval()
-
-
-def shape_of(cell: Mapping[str, Any]) -> str:
-    """What a cell's cost depends on, as a name: ordinary layers by their heads, expert layers by their experts.
-
-    Which of the layers has how many makes no difference, so cells that differ only in that are one shape.
-    """
-    counts = [len(heads) for heads in cell["kept"]]
-    experts = sorted(counts[layer] for layer in cell["expert_layers"])
-    heads = sorted(count for layer, count in enumerate(counts) if layer not in cell["expert_layers"])
-    return f"heads {'+'.join(map(str, heads)) or 0}, experts {'+'.join(map(str, experts)) or 0}"

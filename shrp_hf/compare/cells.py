@@ -175,7 +175,7 @@ class Worker:
         statistics = STATISTICS.get(method)
         stats = HeadStats.load(self._stats_file(statistics, job.seed)) if statistics else None
         plan = selector.select(dense, stats=stats)
-        found = {"alpha": selector.best_alpha} if method == "hies" else {}
+        found = {"alpha": getattr(selector, "best_alpha", None)} if method == "hies" else {}
         return {**_planned(plan, selector.scores), **found}
 
     def _learned_plan(self, job: Job, dense: PreTrainedModel, budget: str, value: float) -> dict[str, Any]:

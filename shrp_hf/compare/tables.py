@@ -75,6 +75,22 @@ class Row:
         """What the row is called."""
         return name_of(self.cells[0])
 
+    @property
+    def series(self) -> str:
+        """What rows have in common that differ only in their budget: a line in a picture."""
+        cell = self.cells[0]
+        experts = f", {cell['experts']} experts" if cell.get("experts") else ""
+        return f"{cell['method']}{experts} ({training_of(cell)})"
+
+    def keep_rates(self) -> list[list[float]]:
+        """How often each head stays, 0 to 1: shape (layers, heads)."""
+        num_heads = max(head for cell in self.dense for heads in cell["kept"] for head in heads) + 1
+        kept = [[set(heads) for heads in cell["kept"]] for cell in self.cells]
+        return [
+            [statistics.fmean(head in cell[layer] for cell in kept) for head in range(num_heads)]
+            for layer in range(len(kept[0]))
+        ]
+
     def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
         """Mean and interval of a number of a cell."""
         return estimate([value(cell) for cell in self.cells])
@@ -109,6 +125,11 @@ def training_of(cell: Cell) -> str:
     return epochs if cell["recipe"] is None else f"{cell['recipe']}, {epochs}"
 
 
+def group_of(cell: Cell) -> str:
+    """What cells that differ only in their seed have in common: the key without the seed."""
+    return cell["key"].removesuffix(f"-seed{cell['seed']}")
+
+
 def read_cells(output: Path) -> list[Cell]:
     """Reads every cell of a directory, whichever run made it, in the order of the table."""
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "cells").glob("*.json"))]
@@ -121,7 +142,7 @@ def rows_of(cells: Sequence[Cell], timings: Timings | None = None) -> list[Row]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell["seed"] in dense:
-            groups.setdefault(cell["key"].removesuffix(f"-seed{cell['seed']}"), []).append(cell)
+            groups.setdefault(group_of(cell), []).append(cell)
     rows = []
     for group, members in groups.items():
         speed = (timings or {}).get(group)
@@ -130,7 +151,14 @@ def rows_of(cells: Sequence[Cell], timings: Timings | None = None) -> list[Row]:
 
 
 def markdown_table(rows: Sequence[Row], headline: str) -> str:
-    """Returns the table: mean and 95% interval over seeds of what varies, and what each kind of cell costs.
+    """Returns `table_of` as Markdown."""
+    titles, *lines = table_of(rows, headline)
+    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
+    """Returns titles and lines: mean and 95% interval over seeds of what varies, and what each kind of cell costs.
 
     Args:
         rows: From `rows_of`.
@@ -141,7 +169,7 @@ def markdown_table(rows: Sequence[Row], headline: str) -> str:
     titles += ["encoder", "encoder + pooler", "whole model", "FLOPs"]
     has_speed = any(row.speed for row in rows)
     titles += ["throughput"] * has_speed
-    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2)]
+    lines = [titles]
     for row in rows:
         cell, dense = row.cells[0], row.dense[0]
         line = [
@@ -162,31 +190,27 @@ def markdown_table(rows: Sequence[Row], headline: str) -> str:
         if has_speed:
             line.append(f"{row.speed['ratio']:.2f}x" if row.speed else "-")
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return lines
 
 
 def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
     """Returns a table with one row a cell: what it is, what it reached, what it costs. Empty where a number has no meaning."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
-    columns: dict[str, Callable[[Cell], Any]] = {name: lambda cell, name=name: cell.get(name) for name in ("key", *_IDENTITY)}
-    columns |= {name: lambda cell, name=name: cell[name] for name in ("seed", "num_heads", "num_experts")}
-    columns |= {name: lambda cell, name=name: cell["metrics"].get(name) for name in metrics}
-    columns |= {f"held_out_{name}": lambda cell, name=name: cell["held_out"].get(name) for name in metrics}
-    columns |= {name: lambda cell, name=name: cell[name] for name in ("correct", "rows", "agreement", "num_agreeing")}
-    for name in ("encoder", "encoder_and_pooler", "whole", "embeddings"):
-        columns[f"parameters_{name}"] = lambda cell, name=name: cell["parameters"][name]
-    columns |= {name: lambda cell, name=name: cell[name] for name in ("flops", "train_examples", "seconds")}
-    columns["part_seconds"] = lambda cell: cell.get("part_seconds")
-    columns["alpha"] = lambda cell: cell.get("alpha")
-    for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second"):
-        columns[f"speed_{name}"] = lambda cell, name=name: (
-            (timings or {}).get(cell["key"].removesuffix(f"-seed{cell['seed']}"), {}).get(name)
-        )
-    columns["kept"] = lambda cell: json.dumps(cell["kept"])
+    rows = []
+    for cell in cells:
+        row = {name: cell.get(name) for name in ("key", *_IDENTITY, "seed", "num_heads", "num_experts")}
+        row |= {name: cell["metrics"].get(name) for name in metrics}
+        row |= {f"held_out_{name}": cell["held_out"].get(name) for name in metrics}
+        row |= {name: cell[name] for name in ("correct", "rows", "agreement", "num_agreeing")}
+        row |= {f"parameters_{name}": count for name, count in cell["parameters"].items()}
+        row |= {name: cell.get(name) for name in ("flops", "train_examples", "seconds", "part_seconds", "alpha")}
+        speed = (timings or {}).get(group_of(cell), {})
+        row |= {f"speed_{name}": speed.get(name) for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second")}
+        rows.append({**row, "kept": json.dumps(cell["kept"])})
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([read(cell) for read in columns.values()] for cell in cells)
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return buffer.getvalue()
 
 

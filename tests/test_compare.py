@@ -1,0 +1,384 @@
+"""Comparisons: the grid, cells that survive a kill, runs that share the work, tables, pictures, one page with everything."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertTokenizer
+from typer.testing import CliRunner
+
+from shrp_hf import cli
+from shrp_hf.compare import Comparison, Grid, Settings, read_cells, write_results
+from shrp_hf.compare.architectures import Shape, empty_model, first_layers
+from shrp_hf.compare.claims import claim
+from shrp_hf.compare.grid import ModelShape
+from shrp_hf.compare.tables import estimate, rows_of
+from shrp_hf.plan import KeepPlan
+from shrp_hf.recipes import RECIPES, Recipe
+from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.tasks.loading import load_task
+from tests.test_commands import BAD, FILLERS, GOOD
+from tests.tiny import batch, tiny_bert
+
+SETTINGS = {"batch_size": 8, "max_length": 16, "calibration_samples": 16, "signature_size": 4, "dsp_epochs": 0.5}
+SHAPE = ModelShape(num_layers=3, num_heads=4)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A directory with a fine-tuned tiny model and its task's files."""
+    folder = tmp_path_factory.mktemp("compare")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS]
+    (folder / "model").mkdir()
+    (folder / "model" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    tiny_bert(num_labels=2, vocab_size=len(words), max_position_embeddings=40).save_pretrained(folder / "model")
+    BertTokenizer(vocab=str(folder / "model" / "vocab.txt")).save_pretrained(folder / "model")
+    (folder / "SST-2").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train.tsv", 40), ("test.tsv", 16)):
+        lines = ["sentence\tlabel"]
+        for i in range(count):
+            fillers = [FILLERS[j] for j in torch.randint(len(FILLERS), (3,), generator=generator).tolist()]
+            lines.append(f"{' '.join(fillers)} {(GOOD if i % 2 else BAD)[i // 2 % 4]} {name[:2]}{i}\t{i % 2}")
+        (folder / "SST-2" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    recipe = Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0)
+    monkeypatch.setitem(RECIPES, "default", recipe)
+
+
+def comparison(work, output, grid, **settings):
+    task = load_task("sst2", work)
+    return Comparison(Settings(str(work / "model"), **(SETTINGS | settings)), grid, task, output)
+
+
+FULL = Grid(
+    selectors=("hies", "cahp", "dsp"),
+    knee_degrees=(3,),
+    heads=(6,),
+    expert_layers=(2,),
+    experts=(1, 2),
+    truncate=(1,),
+    seeds=(0, 1),
+    recovery_epochs=(0, None),
+)
+
+
+@pytest.fixture(scope="module")
+def compared(work, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out")
+    recipe = Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "default", recipe)
+        made = comparison(work, output, FULL, dense_epochs=0.5)
+        assert made.run() == {}
+    return output
+
+
+def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
+    cells = read_cells(compared)
+    # dense; 4 methods x 2 budgets x 2 recoveries; 2 experts x 2 recoveries; 1 truncation x 2 recoveries; 2 seeds of each
+    assert len(cells) == 2 * (1 + 4 * 2 * 2 + 2 * 2 + 2)
+    assert {cell["method"] for cell in cells} == {"dense", "hies", "cahp", "dsp", "random", "shrp", "truncate"}
+    for cell in cells:
+        assert cell["rows"] == 16
+        assert cell["metrics"]["accuracy"] == cell["correct"] / 16
+        assert cell["agreement"] == cell["num_agreeing"] / 16
+        assert set(cell["parameters"]) == {"encoder", "encoder_and_pooler", "whole", "embeddings"}
+        assert set(cell["versions"]) == {"shrp_hf", "torch", "transformers"}
+    by_key = {cell["key"]: cell for cell in cells}
+    assert by_key["dense-seed0"]["agreement"] == 1
+    for seed in (0, 1):
+        count = by_key[f"cahp-knee3-recovery0-seed{seed}"]["num_heads"]
+        assert by_key[f"random-knee3-recovery0-seed{seed}"]["num_heads"] == count  # as many as CAHP found
+        assert by_key[f"hies-heads6-recovery0-seed{seed}"]["num_heads"] == 6
+        static = by_key[f"shrp-layers2-experts2-top1-coef0.1-default-recovery0.25-seed{seed}"]
+        assert (static["expert_layers"], static["num_experts"]) == ([1, 2], 4)
+        # A truncated model saw as many examples as the conversion of the layers it lacks, and the same recovery.
+        short = by_key[f"truncate-layers1-default-recovery0.25-seed{seed}"]
+        assert short["train_examples"] == static["train_examples"] > 0
+        assert len(short["kept"]) == 1
+
+
+def test_kept_heads_are_those_of_a_selector_run_by_hand(compared, work):
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+    from shrp_hf.budget import Budget
+    from shrp_hf.selectors import HiesSelector
+
+    folder = compared / "models" / "dense-seed1"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    train = load_task("sst2", work).tokenize(tokenizer, max_length=16)["train"]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:16].tolist()
+    batches = DataLoader(train.select(order), 8, collate_fn=DataCollatorWithPadding(tokenizer))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    plan = HiesSelector(budget=Budget.heads(6), alpha=0.5).select(model, batches)
+    cell = json.loads((compared / "cells" / "hies-heads6-recovery0-seed1.json").read_text(encoding="utf-8"))
+    assert cell["kept"] == [list(heads) for heads in plan.kept]
+
+
+def test_second_run_computes_nothing_and_a_missing_cell_comes_back_the_same(compared, work, quick):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (compared / "cells").iterdir()}
+    made = comparison(work, compared, FULL, dense_epochs=0.5)
+    assert made.run() == {}
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (compared / "cells").iterdir()} == before
+    gone = compared / "cells" / "hies-heads6-default-recovery0.25-seed0.json"
+    gone.unlink()
+    assert comparison(work, compared, FULL, dense_epochs=0.5).run() == {}
+    (again,) = [path for path, (when, _) in before.items() if path.stat().st_mtime_ns != when]
+    assert again == gone
+    was, now = json.loads(before[gone][1]), json.loads(gone.read_text(encoding="utf-8"))
+    assert {**was, "seconds": 0} == {**now, "seconds": 0}
+
+
+def test_directory_of_other_settings_is_refused(compared, work, quick):
+    message = "with another `max_length`: 16, not 24. Choose another directory, or remove this one."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        comparison(work, compared, FULL, dense_epochs=0.5, max_length=24)
+
+
+def test_tables_figures_and_the_page_come_from_the_cells(compared):
+    speed = {"ratio": 2.0, "p50_ms": 5.0, "p95_ms": 6.0, "sequences_per_second": 9.0, "batch_size": 8, "length": 32}
+    speed |= {"num_threads": 1, "device": "cpu", "num_rounds": 3}
+    groups = {re.sub(r"-seed\d$", "", cell["key"]) for cell in read_cells(compared)}
+    (compared / "speed.json").write_text(json.dumps(dict.fromkeys(groups, speed)), encoding="utf-8")
+    written = {path.name: path for path in write_results(compared)}
+    assert {"cells.csv", "table.md", "frontier.png", "retention.png", "report.html"} <= set(written)
+    assert "heads-hies-heads6.png" in written
+    with written["cells.csv"].open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(read_cells(compared))
+    values = [float(row["accuracy"]) for row in rows if re.match(r"random-heads6-recovery0-seed\d", row["key"])]
+    mean = sum(values) / 2
+    margin = 12.706204736 * abs(values[0] - values[1]) / 2  # t(0.975, 1), standard error of two values
+    table = written["table.md"].read_text(encoding="utf-8")
+    (line,) = [line for line in table.splitlines() if line.startswith("| random, 6 heads | 0 recovery | 2 |")]
+    assert f"| {mean:.4f} ± {margin:.4f} |" in line
+    assert line.endswith("| 2.00x |")
+    page = written["report.html"].read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len([name for name in written if name.endswith(".png")])
+    assert not re.search(r"https?://|src=\"(?!data:)|href=|@import", page)
+    assert "random, 6 heads" in page
+
+
+def test_estimate_by_hand():
+    assert estimate([0.5]).margin is None
+    three = estimate([1.0, 2.0, 3.0])
+    assert (three.mean, three.num) == (2.0, 3)
+    assert three.margin == pytest.approx(4.302652730 / math.sqrt(3), rel=1e-6)
+    with pytest.raises(ValueError, match="at least one number"):
+        estimate([])
+
+
+def test_rows_need_their_dense_model():
+    assert rows_of([{"key": "hies-keep0.5-recovery0-seed3", "seed": 3, "method": "hies"}]) == []
+
+
+def test_keep_rates_count_seeds(compared):
+    (row,) = [
+        row for row in rows_of(read_cells(compared)) if row.name == "random, 6 heads" and not row.cells[0]["recovery_epochs"]
+    ]
+    rates = row.keep_rates()
+    for layer, head in ((0, 0), (2, 3)):
+        assert rates[layer][head] == sum(head in cell["kept"][layer] for cell in row.cells) / 2
+
+
+# --- killed, shared, failed ---
+
+RUN = """
+import sys
+from shrp_hf import cli
+from shrp_hf.recipes import RECIPES, Recipe
+RECIPES["default"] = Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0)
+sys.argv = ["shrp-hf", *sys.argv[1:]]
+cli.main()
+"""
+WORDS = ["--dataset", "sst2", "--selectors", "magnitude", "--keep", "0.75,0.5", "--seeds", "0,1", "--recovery-epochs", "1"]
+WORDS += ["--no-speed", "--batch-size", "8", "--max-length", "16", "--expert-layers", "1"]
+
+
+def start(work, output):
+    command = [sys.executable, "-c", RUN, "compare", str(work / "model"), "--data-dir", str(work), *WORDS]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+
+
+def results(output):
+    return {c["key"]: {n: v for n, v in c.items() if "seconds" not in n} for c in read_cells(output)}
+
+
+@pytest.mark.faults
+def test_killed_run_resumes_and_two_runs_share_the_work(work, tmp_path, quick):
+    first = start(work, tmp_path / "killed")
+    while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < 3:
+        assert first.poll() is None, first.stdout.read().decode()
+        time.sleep(0.02)  # the point of time is the kill's, no assertion depends on it
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "cells").glob("*.json")}
+    runs = [start(work, tmp_path / "killed") for _ in range(2)]
+    for run in runs:
+        output = run.communicate()[0].decode()
+        assert run.returncode == 0, output
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    words = ["compare", str(work / "model"), "--data-dir", str(work), *WORDS, "--output", str(tmp_path / "whole")]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("killed", "whole")]
+    assert tables[0] == tables[1]
+    done = [json.loads(path.read_text(encoding="utf-8"))["key"] for path in (tmp_path / "killed" / "cells").glob("*.json")]
+    assert len(done) == len(set(done)) == 2 * (1 + 2 * 2 + 1)
+
+
+def test_claim_is_one_process_s_and_dies_with_it(tmp_path):
+    path = tmp_path / "claims" / "job.lock"
+    with claim(path) as ours:
+        assert ours
+        with claim(path) as theirs:
+            assert not theirs
+    child = os.fork()
+    if not child:
+        with claim(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with claim(path) as ours:
+        assert ours
+
+
+def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path, quick, monkeypatch):
+    from shrp_hf.compare import cells
+
+    monkeypatch.setattr(cells, "first_layers", lambda *args: 1 / 0)
+    grid = Grid(selectors=("magnitude",), keep=(0.5,), truncate=(2,), recovery_epochs=(0,), without_random=True)
+    made = comparison(work, tmp_path, grid)
+    errors = made.run()
+    assert list(errors) == ["truncate-layers2-default-recovery0-seed0"]
+    assert errors.popitem()[1].endswith("ZeroDivisionError: division by zero")
+    assert {cell["method"] for cell in read_cells(tmp_path)} == {"dense", "magnitude"}
+    monkeypatch.undo()
+    monkeypatch.setitem(RECIPES, "default", Recipe("default", 0.25, 0.25, distillation_logits=1.0))
+    assert comparison(work, tmp_path, grid).run() == {}
+
+
+# --- architectures ---
+
+
+def test_first_layers_are_the_dense_model_cut_short():
+    dense = to_shrp(tiny_bert())
+    short = first_layers(dense, 2)
+    with torch.no_grad():
+        hidden = dense(**batch(), output_hidden_states=True).hidden_states
+        found = short(**batch(), output_hidden_states=True).hidden_states
+    assert len(found) == 3
+    assert torch.equal(found[-1], hidden[2])
+    with pytest.raises(ValueError, match="`count` must be between 1 and the 3 layers of a dense model, got 4"):
+        first_layers(dense, 4)
+
+
+def test_empty_model_has_the_flops_of_the_cell():
+    from shrp_hf.benchmark import count_flops, count_parameters
+
+    dense = to_shrp(tiny_bert())
+    cut = prune_heads(dense, KeepPlan(((0, 1, 2, 3), (1,), (0,)), 4))
+    shape = Shape.of({"kept": [[0, 1, 2, 3], [1], [0]], "expert_layers": []})
+    empty = empty_model(dense, shape)
+    assert [len(empty.config.heads_of(i)) for i in range(3)] == [2, 2, 2]
+    assert count_flops(empty, 2, 8) == count_flops(cut, 2, 8)
+    assert count_parameters(empty) == count_parameters(cut)
+    static = empty_model(dense, Shape.of({"kept": [[0, 1, 2, 3], [2], [0, 3]], "expert_layers": [1, 2]}))
+    assert static.config.expert_layers == [1, 2]
+    assert [len(static.config.heads_of(i)) for i in range(3)] == [4, 1, 2]
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "Nothing to compare: give `selectors` with a budget, `expert_layers` or `truncate`."),
+        (
+            {"selectors": ("hise",), "keep": (0.5,)},
+            "`selectors` must be names of cahp, entropy, hies, his, magnitude, random, dsp, dsp-pipelined, got 'hise'.",
+        ),
+        ({"truncate": (1,), "seeds": (3, 3)}, "`seeds` names 3 twice, got [3, 3]: leave one out."),
+        ({"truncate": (1,), "seeds": ()}, "`seeds` must hold at least one value, got none."),
+        ({"truncate": (1,), "seeds": (-1,)}, "`seeds` must be whole numbers from 0, got -1."),
+        (
+            {"selectors": ("his",)},
+            "`selectors` without a budget (`keep`, `heads` or `knee_degrees`) compares nothing: give both or neither.",
+        ),
+        (
+            {"selectors": ("his",), "heads": (13,)},
+            "`heads` must be between 3 and 12 (the model has 12 heads, and `min_heads_per_layer=1` holds 3), got 13.",
+        ),
+        (
+            {"selectors": ("his",), "keep": (0.1,)},
+            "`keep` must be shares from 0.25 to 1 (the model has 12 heads, and `min_heads_per_layer=1` holds 3), got 0.1.",
+        ),
+        ({"selectors": ("cahp",), "knee_degrees": (7,)}, "`knee_degrees` must be between 2 and 6, got 7."),
+        ({"expert_layers": (4,)}, "`expert_layers` must be between 1 and 3 (the model has 3 layers of 4 heads), got 4."),
+        (
+            {"expert_layers": (1,), "experts": (5,)},
+            "`experts` must be between 1 and 4 (the model has 3 layers of 4 heads), got 5.",
+        ),
+        ({"truncate": (3,)}, "`truncate` must be between 1 and 2 (the model has 3 layers of 4 heads), got 3."),
+        ({"truncate": (1,), "recipes": ("mine",)}, "`recipe` must be one of default, paper, got 'mine'."),
+        ({"truncate": (1,), "recovery_epochs": (-1,)}, "`recovery_epochs` must be 0 or more, got -1."),
+    ],
+)
+def test_bad_grids_are_refused_before_any_work(grid, message):
+    with pytest.raises(ValueError, match=r".") as error:
+        Grid(**grid).check(SHAPE)
+    assert str(error.value) == message
+
+
+def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"^`expert_layers` must be left out, got \[1\]: only BERT and RoBERTa convert to SHRP\.$"
+    ):
+        Grid(expert_layers=(1,)).check(ModelShape(3, 4, has_expert_layers=False))
+    grid = Grid(selectors=("cahp",), heads=(6,))
+    with pytest.raises(ValueError, match="compares classes, but the task is a regression: leave it out"):
+        grid.check(ModelShape(3, 4, is_regression=True))
+    monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
+        grid.check(SHAPE)
+
+
+def test_report_without_cells_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no cells: run the comparison first, without `report_only`"):
+        write_results(tmp_path)
+
+
+@pytest.mark.slow
+def test_small_grid_on_docstrings(tmp_path):
+    from shrp_hf.cli.train import _demo_model
+
+    words = ["compare", str(_demo_model()), "--dataset", "docstrings"]
+    words += ["--max-train", "900", "--dense-epochs", "2", "--selectors", "hies", "--keep", "0.5", "--expert-layers", "3"]
+    words += ["--truncate", "3", "--seeds", "0", "--recovery-epochs", "1", "--max-length", "64", "--output", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    by_method = {cell["method"]: cell["metrics"]["accuracy"] for cell in read_cells(tmp_path)}
+    assert by_method["dense"] > 0.3  # nine classes: chance is 0.11
+    assert by_method["hies"] > 0.8 * by_method["dense"]
+    assert by_method["shrp"] > 0.7 * by_method["dense"]
+    assert (tmp_path / "speed.json").exists()
+    assert (tmp_path / "figures" / "frontier.png").exists()
