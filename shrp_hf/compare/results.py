@@ -82,8 +82,7 @@ def html_report(rows: Sequence[Row], headline: str, figures: Sequence[Path]) -> 
         f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in settings.items() if name != "recipe"
     )
     pictures = "".join(
-        f'<figure><img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>\n'
-        for path in figures
+        f'<figure><img alt="{path.stem}" src="data:image/png;base64,{_encoded(path)}"></figure>\n' for path in figures
     )
     speed = next((row.speed for row in rows if row.speed), None)
     timed = ""
@@ -98,7 +97,8 @@ def html_report(rows: Sequence[Row], headline: str, figures: Sequence[Path]) -> 
 <h1>{html.escape(str(settings.get("task", "")))}: what was compared, and what it cost</h1>
 <p>Mean and 95% interval (Student's t) over seeds; one seed has no interval. Reported on {cell.get("rows", 0):,} rows
 ({html.escape(str(settings.get("reported", "")))}), which chose nothing. "Of dense" and "agreement" are against the
-dense model of the same seed. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole model.</p>
+dense model of the same seed. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole
+model.</p>
 {timed}
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
@@ -106,3 +106,7 @@ dense model of the same seed. Parameters in three conventions: a reduction of "e
 <h2>What holds for every cell</h2><ul>{facts}</ul>
 </body></html>
 """
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
