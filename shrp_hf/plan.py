@@ -81,11 +81,10 @@ class KeepPlan:
         Raises:
             ValueError: The text is not a plan.
         """
-        is_file = isinstance(source, Path) or not source.lstrip().startswith("{")
-        text = Path(source).read_text(encoding="utf-8") if is_file else str(source)
+        is_file = isinstance(source, Path) or source.endswith(".json")
         try:
-            fields = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            fields = json.loads(Path(source).read_text(encoding="utf-8") if is_file else str(source))
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
             raise ValueError(f"Not a keep plan: {error}. A plan is JSON as `KeepPlan.to_json` writes it.") from error
         if not isinstance(fields, dict) or set(fields) != _FIELDS:
             raise ValueError('Not a keep plan: expected the fields "kept" and "num_heads", as `KeepPlan.to_json` writes.')

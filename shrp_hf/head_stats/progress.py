@@ -8,16 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.head_stats.stats import HeadStats
+from shrp_hf.head_stats.stats import HeadStats, hash_tensor
 
 # What a config says about its file rather than about the model.
 _VOLATILE = ("_name_or_path", "dtype", "transformers_version", "architectures", "problem_type")
-
-
-def _update(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    data = tensor.detach().cpu().contiguous()
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -25,7 +19,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _VOLATILE}
     digest = hashlib.sha256(f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
-        _update(digest, name, tensor)
+        hash_tensor(digest, name, tensor)
     return digest.hexdigest()
 
 
@@ -68,7 +62,7 @@ class Progress:
             return False
         for name, value in sorted(batch.items()):
             if isinstance(value, torch.Tensor):
-                _update(self._data, name, value)
+                hash_tensor(self._data, name, value)
         if index + 1 == self.num_done and self._data.hexdigest() != self._data_seen:
             raise self._refusal("was made with other batches (shuffled, perhaps)")
         return index < self.num_done

@@ -1,5 +1,6 @@
 """What one pass over calibration batches leaves behind: sums per head, and the statistics made of them."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from typing import Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from shrp_hf.plan import KeepPlan
 
 GRANULARITIES = ("sample", "token", "batch")
 FIXED_POINT = 2**20
@@ -81,21 +84,9 @@ class HeadStats:
     @classmethod
     def empty(cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0) -> Self:
         """Statistics of no sample."""
-        rows = sum(map(len, scored))
-        sums = {}
-        for name in ("importance", "salience"):
-            if getattr(request, name):
-                sums[name] = torch.zeros(len(GRANULARITIES), rows, dtype=torch.float64)
-                sums[f"{name}_counts"] = torch.zeros(len(GRANULARITIES), dtype=torch.float64)
-        if request.entropy:
-            sums["entropy"] = torch.zeros(rows, dtype=torch.float64)
-            sums["entropy_counts"] = torch.zeros(1, dtype=torch.float64)
-        if request.signature_size:
-            shape = (num_classes, rows, request.signature_size**2)
-            sums["signature"] = torch.zeros(shape, dtype=torch.int64)
-            sums["signature_squares"] = torch.zeros(shape, dtype=torch.int64)
-            sums["signature_counts"] = torch.zeros(num_classes, dtype=torch.int64)
-        return cls(request, tuple(tuple(heads) for heads in scored), num_heads, sums)
+        scored = tuple(tuple(heads) for heads in scored)
+        shapes = _shapes(request, sum(map(len, scored)), num_classes).items()
+        return cls(request, scored, num_heads, {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes})
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
@@ -169,7 +160,8 @@ class HeadStats:
         partial = target.with_name(f".{target.name}.partial")
         shape = {"request": asdict(self.request), "scored": self.scored, "num_heads": self.num_heads}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.sums.items()}
-        save_file(tensors, partial, metadata={"head_stats": json.dumps(shape), **(extra or {})})
+        texts = {"head_stats": json.dumps(shape), **(extra or {})}
+        save_file(tensors, partial, metadata=texts | {"sha256": _checksum(tensors, texts)})
         partial.replace(target)
 
     @classmethod
@@ -177,7 +169,7 @@ class HeadStats:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: The file holds something else.
+            ValueError: The file holds something else, or is damaged.
         """
         return cls.load_with_texts(path)[0]
 
@@ -186,10 +178,48 @@ class HeadStats:
         """Reads what `save` wrote, and the texts beside it; see `load`."""
         try:
             with safe_open(path, framework="pt") as file:
-                extra = dict(file.metadata() or {})
+                texts = dict(file.metadata() or {})
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            shape = json.loads(extra.pop("head_stats"))
-            request, scored = StatsRequest(**shape["request"]), tuple(map(tuple, shape["scored"]))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            checksum, described = texts.pop("sha256"), texts["head_stats"]
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"`{path}` holds no head statistics ({error}): delete it, or name another.") from error
-        return cls(request, scored, shape["num_heads"], sums), extra
+        if _checksum(sums, texts) != checksum:  # one flipped bit would choose other heads, and nobody would know
+            raise ValueError(f"`{path}` is damaged, its checksum is another: delete it, or name another.")
+        try:
+            shape = json.loads(described)
+            stats = cls(StatsRequest(**shape["request"]), tuple(map(tuple, shape["scored"])), shape["num_heads"], sums)
+            expected = _shapes(stats.request, len(stats.rows), len(sums.get("signature_counts", ())))
+            KeepPlan(stats.scored, stats.num_heads)  # as of a plan: indices of heads that there are
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"`{path}` holds no head statistics ({error}): delete it, or name another.") from error
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sums.items()} != expected:
+            raise ValueError(f"`{path}` holds sums of other shapes than its request has: delete it, or name another.")
+        return stats, {name: text for name, text in texts.items() if name != "head_stats"}
+
+
+def _shapes(request: StatsRequest, rows: int, num_classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and type of every sum; see `HeadStats`."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name in ("importance", "salience"):
+        if getattr(request, name):
+            shapes[name] = (len(GRANULARITIES), rows), torch.float64
+            shapes[f"{name}_counts"] = (len(GRANULARITIES),), torch.float64
+    if request.entropy:
+        shapes |= {"entropy": ((rows,), torch.float64), "entropy_counts": ((1,), torch.float64)}
+    if request.signature_size:
+        signature = (num_classes, rows, request.signature_size**2), torch.int64
+        shapes |= {"signature": signature, "signature_squares": signature, "signature_counts": ((num_classes,), torch.int64)}
+    return shapes
+
+
+def hash_tensor(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
+    """Adds name, type, shape and values of a tensor to a hash."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        hash_tensor(digest, name, tensor)
+    return digest.hexdigest()

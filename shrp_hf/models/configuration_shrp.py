@@ -4,8 +4,17 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from transformers.activations import ACT2FN
+
 FORMAT_VERSION = 1
 MAX_EXPERTS_PER_SEQUENCE = 5  # the paper compares Top-1, Top-3 and Top-5
+# Far above what exists; a damaged file must not make a machine build layers, or claim memory, without end.
+_SIZES = {"num_hidden_layers": 1000, "num_attention_heads": 10_000} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "hidden_dim", "vocab_size", "max_position_embeddings", "type_vocab_size")
+    + ("embedding_size", "image_size", "patch_size", "num_channels"),
+    10**8,
+)
+_DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 _OUR_FIELDS = (
     "expert_layers",
     "pending_layers",
@@ -65,12 +74,18 @@ class ShrpConfigFields:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers; a newer format is refused first, because its fields may be of other types."""
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        _check_values(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """Reads a config of this class or of the stock family it extends, and refuses any other by name."""
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError, RecursionError) as error:  # JSON, but no object, or one of endless depth
+            raise _damaged(pretrained_model_name_or_path) from error
+        if not isinstance(config, dict):
+            raise _damaged(pretrained_model_name_or_path)
         return cls.adopt(config, str(pretrained_model_name_or_path)), kwargs
 
     @classmethod
@@ -90,7 +105,10 @@ class ShrpConfigFields:
         return {**fields, "model_type": cls.model_type}
 
     def _kept_from_removed(self, removed: dict) -> list[list[int]]:
-        gone = {int(layer): {int(head) for head in heads} for layer, heads in removed.items()}
+        try:
+            gone = {int(layer): {int(head) for head in heads} for layer, heads in removed.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"`pruned_heads` must be an object {{layer: [heads]}}, got {removed!r}.") from error
         heads = range(self.num_attention_heads)
         for layer, indices in gone.items():
             if not 0 <= layer < self.num_hidden_layers or not indices <= set(heads):
@@ -121,6 +139,7 @@ class ShrpConfigFields:
             ValueError: Names the field, its value and the way out.
         """
         _check_version(self.format_version)
+        self._check_sizes()
         weights = getattr(self, "transformers_weights", None)
         if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(f"`transformers_weights={weights!r}` is no safetensors file: shrp_hf reads no other.")
@@ -149,6 +168,16 @@ class ShrpConfigFields:
                 "has a router. Finish the conversion, or set `pending_layers=[]`."
             )
         self._check_kept_heads()
+
+    def _check_sizes(self) -> None:
+        for name, most in _SIZES.items():
+            size = getattr(self, name, None)
+            if isinstance(size, int) and not 1 <= size <= most:
+                raise ValueError(f"`{name}` must be between 1 and {most:,}, got {size}.")
+        padding = getattr(self, "pad_token_id", None)
+        count = getattr(self, "vocab_size", None)
+        if padding is not None and count is not None and not -count <= padding < count:
+            raise ValueError(f"`pad_token_id` must be one of {count} tokens, from 0 to {count - 1}, got {padding}.")
 
     def _checked_layers(self, name: str) -> list[int]:
         layers = getattr(self, name)
@@ -193,3 +222,23 @@ def _check_version(version: Any) -> None:
         )
     if version < 1:
         raise ValueError(f"`format_version` must be at least 1, got {version}.")
+
+
+def _check_values(fields: dict[str, Any]) -> None:
+    """Refuses what Transformers would look up in torch, or take apart, unchecked."""
+    for name in ("dtype", "torch_dtype"):
+        dtype = fields.get(name)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
+            raise ValueError(f"`{name}` must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    for name in ("hidden_act", "activation"):
+        activation = fields.get(name)
+        known = callable(activation) or (isinstance(activation, str) and activation in ACT2FN)
+        if activation is not None and not known:
+            raise ValueError(f"`{name}` must be an activation that Transformers knows, such as 'gelu', got {activation!r}.")
+    quantization = fields.get("quantization_config")
+    if isinstance(quantization, str | int | float | list):
+        raise ValueError(f"`quantization_config` must be an object, got {quantization!r}.")
+
+
+def _damaged(source: Any) -> ValueError:
+    return ValueError(f"`config.json` of `{source}` is damaged, it holds no JSON object: download or save it again.")

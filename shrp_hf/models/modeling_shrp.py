@@ -246,49 +246,49 @@ class ShrpModelMixin(SafeWeightsMixin):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            # Transformers does not say which weights: look, in order to tell a damaged encoder from another task head.
-            look = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **look)
-            model._check_encoder_weights(pretrained_model_name_or_path, info)
-            raise
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
             raise ValueError(
                 f"The weights of `{pretrained_model_name_or_path}` are damaged ({error}): download or save them again."
             ) from error
-        model._check_encoder_weights(pretrained_model_name_or_path, info)
         if expert_layers is not None:
             model.convert_layers_(expert_layers)
         return (model, info) if wants_info else model
 
-    def _check_encoder_weights(self, source: Any, info: Mapping) -> None:
-        if self.config.kept_heads is None and not self.config.expert_layers and not self.config.pending_layers:
-            return
-        layers = f"{self.head_map.layers}."
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = [key if isinstance(key, str) else key[0] for key in info.get(problem) or ()]
-            # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
-            others = () if problem == "unexpected_keys" else ("embeddings.",)
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As in Transformers, which draws weights that are missing or misshapen anew; never those of our encoders."""
+        model._check_encoder_weights(load_config, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def _check_encoder_weights(self, load_config: Any, info: Any) -> None:
+        config, prefix = self.config, f"{self.base_model_prefix}."
+        own = {name for name in self.base_model.state_dict() if not name.startswith("pooler.")}
+        problems = {"missing": info.missing_keys, "unexpected": info.unexpected_keys, "mismatched": info.mismatched_keys}
+        if config.kept_heads is None and not config.expert_layers and not config.pending_layers:
+            # A dense model may be asked for fewer layers than its files have, or to draw misshapen weights anew.
+            problems["unexpected"] = ()
+            problems["mismatched"] = () if load_config.ignore_mismatched_sizes else info.mismatched_keys
+        for problem, keys in problems.items():
             names = sorted(
                 name
-                for name in names
-                if (layers in name and not self._is_left_empty(name)) or any(other in name for other in others)
+                for name in (key if isinstance(key, str) else key[0] for key in keys)
+                # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
+                if (f"{self.head_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
             )
             if names:
                 raise ValueError(
-                    f"`{source}` does not fit its config: {len(names)} encoder weights are {problem.removesuffix('_keys')}, "
-                    f"the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
+                    f"`{load_config.pretrained_model_name_or_path}` does not fit its config: {len(names)} encoder weights are "
+                    f"{problem}, the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
                 )
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
         layer, _, path = name.partition(f"{self.head_map.layers}.")[2].partition(".")
         paths = (*self.head_map.projections, self.head_map.output)
-        return not self.config.heads_of(int(layer)) and path.rpartition(".")[0] in paths
+        silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
+        return layer in silent and path.rpartition(".")[0] in paths
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
         """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.

@@ -47,12 +47,26 @@ def _check_source(source: Any, kwargs: dict, stock: str) -> None:
     index = None if Path(source).is_file() else cached_file(source, INDEX, **where, **quiet)
     if index is None:
         return
-    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-    for name in files:
+    for name in _files_of(index, source):
         if Path(name).suffix != ".safetensors":
             raise ValueError(f"`{INDEX}` of `{source}` names the file {name!r}, which {_refusal(stock, source)}")
         if Path(name).name != name:
             raise ValueError(f"`{INDEX}` of `{source}` names the file {name!r}, which lies elsewhere: download it again.")
+        if Path(source).is_dir() and not Path(index).with_name(name).is_file():
+            raise ValueError(f"`{INDEX}` of `{source}` names the file {name!r}, which is not there: download it again.")
+
+
+def _files_of(index: str, source: Any) -> set[str]:
+    """Returns the names in an index, which Transformers would otherwise read without a look."""
+    try:
+        fields = json.loads(Path(index).read_text(encoding="utf-8"))
+        files = fields["weight_map"].values()
+        whole = isinstance(fields["metadata"], dict) and files and all(isinstance(name, str) for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"`{INDEX}` of `{source}` is damaged: download or save the model again.")
+    return set(files)
 
 
 def _refusal(stock: str, source: Any) -> str:

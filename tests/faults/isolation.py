@@ -52,10 +52,17 @@ class _Worker:
         self.index, self.deadline = index, time.monotonic() + seconds
         self.connection.send(index)
 
-    def end(self) -> int:
+    def answer(self) -> tuple[tuple[Any, Any], bool]:
+        """What became of its case, and whether it lives on."""
+        if self.connection.poll():
+            try:
+                return (self.connection.recv(), None), True
+            except EOFError:
+                self.process.join()
+                return (None, f"died with exit code {self.process.exitcode}"), False
         self.process.kill()
         self.process.join()
-        return self.process.exitcode
+        return (None, "hung"), False
 
 
 def in_children(
@@ -67,36 +74,21 @@ def in_children(
         Per case (what `run` returned, None), or (None, what happened) for one that hung or killed its process.
     """
     results: list[tuple[Any, Any]] = [(None, None)] * len(cases)
-    todo = iter(range(len(cases)))
-    workers: list[_Worker] = []
-
-    def next_case(worker: _Worker) -> None:
-        index = next(todo, None)
-        worker.give(index, seconds)
-        if index is None:
-            workers.remove(worker)
-            worker.process.join()
-
-    def replace(worker: _Worker, what: str) -> None:
-        code = worker.end()
-        results[worker.index] = (None, what if what else f"died with exit code {code}")
-        workers[workers.index(worker)] = fresh = _Worker(run, cases)
-        next_case(fresh)
-
-    for _ in range(min(num_workers, len(cases))):
-        workers.append(_Worker(run, cases))
-        next_case(workers[-1])
+    todo = list(range(len(cases)))[::-1]
+    workers = [_Worker(run, cases) for _ in range(min(num_workers, len(cases)))]
+    for worker in workers:
+        worker.give(todo.pop(), seconds)
     while workers:
         ready = wait([worker.connection for worker in workers], timeout=1.0)
         for worker in list(workers):
-            if worker.connection in ready:
-                try:
-                    results[worker.index] = (worker.connection.recv(), None)
-                except EOFError:
-                    worker.process.join()
-                    replace(worker, "")
-                else:
-                    next_case(worker)
-            elif time.monotonic() > worker.deadline:
-                replace(worker, f"hung for {seconds:g} s")
+            if worker.connection not in ready and time.monotonic() < worker.deadline:
+                continue
+            results[worker.index], lives = worker.answer()
+            workers.remove(worker)
+            if todo:
+                workers.append(worker if lives else _Worker(run, cases))
+                workers[-1].give(todo.pop(), seconds)
+            elif lives:
+                worker.give(None, seconds)
+                worker.process.join()
     return results
