@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
 
 from shrp_hf.surgery import to_shrp
 from shrp_hf.trainer import ShrpTrainer
@@ -138,8 +138,22 @@ class Setup:
     def train(self, trainer: ShrpTrainer) -> PreTrainedModel:
         """Trains, from the last checkpoint if there is one; returns the model, in evaluation mode."""
         folder = Path(trainer.args.output_dir)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
         return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Returns the last checkpoint of a training that was written to its end, if there is one.
+
+    Trainer writes a checkpoint file by file, its state last: a kill can leave one without, or with half of it.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        except (OSError, ValueError, TypeError):
+            continue
+        return str(checkpoint)
+    return None
 
 
 def fine_tune(

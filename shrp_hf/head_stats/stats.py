@@ -84,9 +84,9 @@ class HeadStats:
     @classmethod
     def empty(cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0) -> Self:
         """Statistics of no sample."""
-        scored = tuple(tuple(heads) for heads in scored)
         shapes = _shapes(request, sum(map(len, scored)), num_classes).items()
-        return cls(request, scored, num_heads, {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes})
+        sums = {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes}
+        return cls(request, tuple(tuple(heads) for heads in scored), num_heads, sums)
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:

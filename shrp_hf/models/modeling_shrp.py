@@ -311,6 +311,8 @@ class ShrpModelMixin(SafeWeightsMixin):
             return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
+        for left in target.glob(".saving-*"):  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staged:
             super().save_pretrained(staged, *args, **kwargs)
             if with_code or getattr(self, "_ships_code", False):
@@ -402,12 +404,23 @@ def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
 
 
 def _publish(staged: Path, target: Path) -> None:
-    """Moves the staged files, weights first and the config last, and removes weights of an earlier save."""
+    """Moves the staged files, weights first and the config last, and removes weights of an earlier save.
+
+    Killed in between, it leaves the earlier model, the new one, or no config at all: never a config beside weights that
+    are not its own.
+    """
     names = {path.name for path in staged.iterdir()}
-    stale = [p for pattern in ("model*.safetensors", "model*.safetensors.index.json") for p in target.glob(pattern)]
+    held, kept = _weights(target), _weights(staged)
+    config = target / "config.json"
+    is_one_move = len(kept) == 1 and held <= kept and config.is_file()
+    if not is_one_move or config.read_bytes() != (staged / "config.json").read_bytes():
+        config.unlink(missing_ok=True)
+    for name in held - kept:
+        (target / name).unlink()
     for name in sorted(names, key=lambda name: (name == "config.json", name)):
         (staged / name).replace(target / name)
-    for path in stale:
-        if path.name not in names:
-            path.unlink()
 
+
+def _weights(folder: Path) -> set[str]:
+    patterns = ("model*.safetensors", "model*.safetensors.index.json")
+    return {path.name for pattern in patterns for path in folder.glob(pattern)}

@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,8 @@ def export_onnx(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob(".exporting-*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
         staged = Path(folder)
         path = staged / "model.onnx"

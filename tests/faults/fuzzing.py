@@ -67,16 +67,15 @@ def garble(path: Path, rng: random.Random) -> None:
     path.write_bytes(data[:start] + piece + data[start + rng.choice((0, len(piece), 500)) :])
 
 
-def replace_by_no_file(path: Path, rng: random.Random) -> None:
+def replace_by_no_file(path: Path, rng: random.Random, kinds: int = 3) -> None:
     path.unlink()
-    kind = rng.randrange(4)
-    if kind == 0:
+    kind = rng.randrange(kinds)
+    if kind == 1:
         path.mkdir()
-    elif kind == 1:
-        path.symlink_to(path.name)  # to itself
     elif kind == 2:
-        os.mkfifo(path)
-    # else: gone
+        path.symlink_to(path.name)  # to itself
+    elif kind == 3:
+        os.mkfifo(path)  # whoever opens it waits for a writer
 
 
 def nest(path: Path, rng: random.Random) -> None:
@@ -369,6 +368,10 @@ def wild_generation_config(folder: Path, rng: random.Random) -> None:
     (folder / "generation_config.json").write_text(rng.choice(("{", "[]", '{"max_length": 1e308}', "null")))
 
 
+def no_file_but_perhaps_a_pipe(path: Path, rng: random.Random) -> None:
+    replace_by_no_file(path, rng, kinds=4)
+
+
 def on_config(change: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
     return lambda folder, rng: change(folder / CONFIG, rng)
 
@@ -381,7 +384,7 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "config: truncated": on_config(truncate),
     "config: bits flipped": on_config(flip),
     "config: garbled": on_config(garble),
-    "config: no file": on_config(replace_by_no_file),
+    "config: no file": on_config(no_file_but_perhaps_a_pipe),
     "config: nested": on_config(nest),
     "config: no object": no_object,
     "config: wild value": edit(wild_value),
@@ -394,7 +397,7 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
     "config: pointing elsewhere": edit(pointing_elsewhere),
     "weights: truncated": on_weights(truncate),
     "weights: garbled": on_weights(garble),
-    "weights: no file": on_weights(replace_by_no_file),
+    "weights: no file": on_weights(no_file_but_perhaps_a_pipe),
     "weights: bits of the header": flip_header,
     "weights: bits of the data": flip_data,
     "weights: length of the header": header_length,

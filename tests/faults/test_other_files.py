@@ -135,7 +135,8 @@ def test_damaged_files_are_refused_or_read_as_they_are(kind, tmp_path, count):
     cases = [(source, damage, read, f"{i} {seed}") for i, damage in enumerate(damages) for seed in range(seeds)]
     outcomes = [outcome or ("lost", what) for outcome, what in in_children(try_file, cases)]
     counts = Counter(outcome for outcome, _ in outcomes)
-    count("plan and score files", tried=len(cases), **{name: counts[name] for name in ("refused", "survived", "equal", "lost")})
+    figures = {name: counts[name] for name in ("refused", "survived", "equal", "lost")}
+    count("plan and score files", tried=len(cases), **figures)
     lost = [f"{c[1].__name__}, {c[3]}: {why}" for c, (kind, why) in zip(cases, outcomes, strict=True) if kind == "lost"]
     assert not lost, "\n".join(lost)
     assert counts["refused"] > len(cases) / 2
