@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-floor benchmark clean
+.PHONY: demo test test-slow test-load test-floor test-newest audit benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -21,15 +21,26 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
 
+test-load: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m load
+
 test-floor:  # the fast tests with the oldest releases that setup.cfg allows
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+test-newest:  # the fast tests with the newest releases that the index offers
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+audit: $(VENV)/.installed-test
+	$(BIN)/python -m pip check
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.foundation --threads 2
 	$(BIN)/python -m benchmarks.posthoc --threads 2
 
 clean:
-	rm -rf $(VENV) .venv-floor out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-floor .venv-newest out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.created:
 	@echo "Creating $(VENV)"

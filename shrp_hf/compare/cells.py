@@ -27,6 +27,7 @@ from shrp_hf.compare.architectures import first_layers
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import Recipe, Setup, convert, fine_tune, recover
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
@@ -132,7 +133,8 @@ class Worker:
         settings = self.settings
         examples = 0
         if settings.dense_epochs:
-            model = AutoModelForSequenceClassification.from_pretrained(settings.model, **self.task.config_kwargs)
+            auto = AutoModelForSequenceClassification.from_pretrained
+            model = load_safely(auto, settings.model, **self.task.config_kwargs)
             setup = self._setup(job)
             model = fine_tune(to_shrp(model), setup, settings.dense_epochs, settings.dense_learning_rate, name=job.key)
             examples = self._num_examples(setup, settings.dense_epochs)
@@ -284,7 +286,7 @@ class Worker:
         """The dense model of a seed, read anew for each job: a trainer freezes the teacher that it is given."""
         if self.settings.dense_epochs:
             return self._saved(f"dense-seed{seed}")
-        return to_shrp(AutoModelForSequenceClassification.from_pretrained(self.settings.model)).eval()
+        return to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, self.settings.model)).eval()
 
     def _logits(self, model: PreTrainedModel, split: str) -> transformers.EvalPrediction:
         return predict_on(model, self.data[split], self.tokenizer)

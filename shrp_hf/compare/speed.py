@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from shrp_hf.benchmark import Progress, measure_throughput
 from shrp_hf.compare.architectures import Shape, empty_model
 from shrp_hf.compare.tables import Cell, Timings, group_of
+from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.report import BENCHMARK_SHAPE, write_text
 from shrp_hf.surgery import to_shrp
 
@@ -54,9 +55,8 @@ def read_speed(output: Path) -> dict[str, dict[str, Any]]:
 def _dense(output: Path, cells: Sequence[Cell]) -> PreTrainedModel:
     dense = next(cell for cell in cells if cell["method"] == "dense")
     folder = output / "models" / dense["key"]
-    return to_shrp(
-        AutoModelForSequenceClassification.from_pretrained(folder if folder.exists() else dense["settings"]["model"])
-    )
+    source = folder if folder.exists() else dense["settings"]["model"]
+    return to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, source))
 
 
 def _full(dense: PreTrainedModel) -> list[range]:

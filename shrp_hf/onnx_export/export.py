@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.onnx_export.check import (
     Arrays,
     Text,
@@ -119,7 +120,7 @@ def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
     if auto is None or not architecture:
         raise ValueError(f"`{name}` names the class {architecture!r} in its config, for which there is no Auto class.")
     processor = AutoImageProcessor if head == "ImageClassification" or "vit" in config.model_type else AutoTokenizer
-    return auto.from_pretrained(name), processor.from_pretrained(name)
+    return load_safely(auto.from_pretrained, name), processor.from_pretrained(name)
 
 
 def _check_environment() -> None:
