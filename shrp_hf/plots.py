@@ -146,26 +146,83 @@ def plot_frontier(
     return _write(figure, path)
 
 
-def plot_keep_rates(rates: Sequence[Sequence[float]] | torch.Tensor, path: str | Path, title: str) -> Path:
-    """Draws how often each head stays, over seeds: whether a method always finds the same ones.
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    path: str | Path,
+    baseline: float,
+    quality: str,
+    x_label: str,
+) -> Path:
+    """Draws quality against a cost for many series, spread over panels that share the x axis, colours and one legend.
 
     Args:
-        rates: Shape (layers, heads), 0 to 1.
+        panels: Title -> series -> (x, quality, low, high) for each point; a series named "random", the control, is grey.
         path: Where to; the suffix chooses the format.
-        title: What was kept by which method.
+        baseline: Quality of the dense model, drawn as a dashed line.
+        quality: What is measured, for the axis.
+        x_label: What x is, for the axis.
 
     Raises:
-        ValueError: `rates` is no matrix of numbers from 0 to 1.
+        ValueError: As in `plot_quality_curve`, or there is no panel.
         ImportError: matplotlib is not installed.
     """
-    rates = _matrix(rates, "rates")
-    if (rates < 0).any() or (rates > 1).any():
-        raise ValueError("`rates` must be numbers from 0 to 1.")
-    figure, axes = _grid_figure(*rates.shape)
-    _heat_map(figure, axes, 100 * rates, range(len(rates)), "seeds that keep it (%)", 0)
-    axes.set_xlabel("head")
-    axes.set_title(title)
+    if not panels:
+        raise ValueError("`panels` must hold at least one panel, got none.")
+    tables = {title: _point_tables(points, x_label) for title, points in panels.items()}
+    names = list(dict.fromkeys(name for points in tables.values() for name in points))
+    # Each panel has a y axis of its own: what is lost without recovery would flatten all that is left with it.
+    figure, grid = _panel_figure(len(tables), (4.6, 4.0), legend_width=2.4)
+    for axes, (title, points) in zip(grid, tables.items(), strict=True):
+        axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
+        for name, table in points.items():
+            _error_bars(axes, names.index(name), name, table, is_control=name.split(",")[0] == "random")
+        axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
+        _finish_lines(axes)
+        axes.get_legend().remove()
+    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    ordered = ["dense", *names]
+    figure.legend([handles[name] for name in ordered], ordered, loc="outside right center", frameon=False, fontsize=9)
     return _write(figure, path)
+
+
+def plot_keep_rates(rates: Mapping[str, Sequence[Sequence[float]] | torch.Tensor], path: str | Path, title: str) -> Path:
+    """Draws how often each head stays, over seeds, a panel per method: do they find the same heads, and the same each time?
+
+    Args:
+        rates: Method -> shape (layers, heads), 0 to 1.
+        path: Where to; the suffix chooses the format.
+        title: What was kept.
+
+    Raises:
+        ValueError: There is no method, or `rates` are no matrices of numbers from 0 to 1.
+        ImportError: matplotlib is not installed.
+    """
+    tables = {name: _matrix(rate, f"rates[{name!r}]") for name, rate in rates.items()}
+    if not tables or any((table < 0).any() or (table > 1).any() for table in tables.values()):
+        raise ValueError(f"`rates` must hold numbers from 0 to 1 for at least one method, got {list(tables) or 'none'}.")
+    num_layers, num_heads = next(iter(tables.values())).shape
+    figure, grid = _panel_figure(len(tables), (0.6 + 0.2 * num_heads, 0.8 + 0.2 * num_layers))
+    for axes, (name, table) in zip(grid, tables.items(), strict=True):
+        image = axes.imshow(100 * table.numpy(), cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        axes.set(title=name, xlabel="head", ylabel="layer" if axes is grid[0] else "")
+        axes.set_xticks(range(0, num_heads, max(1, num_heads // 6)))
+        axes.set_yticks(range(num_layers))
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=grid, label="seeds that keep it (%)", shrink=0.8)
+    figure.suptitle(title)
+    return _write(figure, path)
+
+
+def _panel_figure(count: int, size: tuple[float, float], legend_width: float = 0.0) -> "tuple[Figure, list[Axes]]":
+    columns = min(count, 4 if legend_width == 0 else 3)
+    rows = -(-count // columns)
+    figure, axes = _figure(columns * size[0] + legend_width, rows * size[1] + 0.3)
+    axes.remove()
+    share_y = legend_width == 0
+    grid = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten().tolist()
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
 
 
 def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) -> dict[str, torch.Tensor]:
@@ -179,11 +236,15 @@ def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) 
     return tables
 
 
-def _error_bars(axes: "Axes", index: int, name: str, table: torch.Tensor, shift: float = 0.0) -> None:
+def _error_bars(
+    axes: "Axes", index: int, name: str, table: torch.Tensor, shift: float = 0.0, is_control: bool = False
+) -> None:
     x, value, low, high = table[table[:, 0].argsort()].unbind(dim=1)
     errors = torch.stack([value - low, high - value]).numpy()
     style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "capsize": 2.5, "elinewidth": 1}
-    axes.errorbar((x + shift).numpy(), value.numpy(), yerr=errors, label=name, color=f"C{index % 10}", **style)
+    colour = "#8a8a8a" if is_control else f"C{index % 10}"
+    line = ("-", "--", ":")[index // 10 % 3]
+    axes.errorbar((x + shift).numpy(), value.numpy(), yerr=errors, label=name, color=colour, linestyle=line, **style)
 
 
 def plot_clusters(

@@ -17,7 +17,7 @@ from transformers import BertTokenizer
 from typer.testing import CliRunner
 
 from shrp_hf import cli
-from shrp_hf.compare import Comparison, Grid, Settings, read_cells, write_results
+from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
 from shrp_hf.compare.architectures import Shape, empty_model, first_layers
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import ModelShape
@@ -65,11 +65,11 @@ def comparison(work, output, grid, **settings):
 
 
 FULL = Grid(
-    selectors=("hies", "cahp", "dsp"),
+    selectors=("hies", "cahp"),
     knee_degrees=(3,),
     heads=(6,),
     expert_layers=(2,),
-    experts=(1, 2),
+    experts=(2,),
     truncate=(1,),
     seeds=(0, 1),
     recovery_epochs=(0, None),
@@ -89,9 +89,9 @@ def compared(work, tmp_path_factory):
 
 def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
     cells = read_cells(compared)
-    # dense; 4 methods x 2 budgets x 2 recoveries; 2 experts x 2 recoveries; 1 truncation x 2 recoveries; 2 seeds of each
-    assert len(cells) == 2 * (1 + 4 * 2 * 2 + 2 * 2 + 2)
-    assert {cell["method"] for cell in cells} == {"dense", "hies", "cahp", "dsp", "random", "shrp", "truncate"}
+    # dense; 3 methods x 2 budgets x 2 recoveries; conversion and truncation x 2 recoveries; 2 seeds of each
+    assert len(cells) == 2 * (1 + 3 * 2 * 2 + 2 + 2)
+    assert {cell["method"] for cell in cells} == {"dense", "hies", "cahp", "random", "shrp", "truncate"}
     for cell in cells:
         assert cell["rows"] == 16
         assert cell["metrics"]["accuracy"] == cell["correct"] / 16
@@ -144,20 +144,76 @@ def test_second_run_computes_nothing_and_a_missing_cell_comes_back_the_same(comp
     assert {**was, "seconds": 0} == {**now, "seconds": 0}
 
 
+@pytest.mark.parametrize("method", ["dsp", "dsp-pipelined"])
+def test_another_grid_adds_to_the_directory(compared, work, quick, method):
+    before = {path: path.stat().st_mtime_ns for path in (compared / "cells").iterdir()}
+    grid = Grid(selectors=(method,), heads=(6,), recovery_epochs=(0,), without_random=True)
+    assert comparison(work, compared, grid, dense_epochs=0.5).run() == {}
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    cell = json.loads((compared / "cells" / f"{method}-heads6-default-recovery0-seed0.json").read_text(encoding="utf-8"))
+    plan = json.loads((compared / "parts" / f"plan-{method}-heads6-default-seed0.json").read_text(encoding="utf-8"))
+    assert cell["kept"] == plan["kept"]
+    assert cell["num_heads"] == 6
+    assert cell["train_examples"] == plan["train_examples"] == 18  # half an epoch of the 36 training rows
+
+
+def test_agreement_of_a_regression_is_equality_within_the_tolerance(work, tmp_path):
+    (tmp_path / "STS-B").mkdir()
+    for name, count in (("train.tsv", 24), ("test.tsv", 9)):
+        rows = [f"the film {name[:2]}{i}\tfilm {FILLERS[i % 7]}\t{i % 5}.5" for i in range(count)]
+        text = "\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n"
+        (tmp_path / "STS-B" / name).write_text(text.replace("4.5", "4.0"), encoding="utf-8")
+    tokenizer = BertTokenizer.from_pretrained(work / "model")
+    tiny_bert(num_labels=1, vocab_size=len(tokenizer), max_position_embeddings=40).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task = load_task("stsb", tmp_path)
+    agreements = []
+    for tolerance in (0.0, 100.0):
+        settings = Settings(str(tmp_path / "model"), **SETTINGS, tolerance=tolerance)
+        grid = Grid(selectors=("random",), heads=(4,), recovery_epochs=(0,))
+        made = Comparison(settings, grid, task, tmp_path / str(tolerance))
+        assert made.run() == {}
+        dense, cut = read_cells(tmp_path / str(tolerance))
+        assert (dense["method"], dense["agreement"], dense["correct"]) == ("dense", 1, None)
+        agreements.append(cut["num_agreeing"])
+    assert agreements == [0, 9]
+
+
 def test_directory_of_other_settings_is_refused(compared, work, quick):
     message = "with another `max_length`: 16, not 24. Choose another directory, or remove this one."
     with pytest.raises(ValueError, match=re.escape(message)):
         comparison(work, compared, FULL, dense_epochs=0.5, max_length=24)
 
 
+def groups(output):
+    return {re.sub(r"-seed\d$", "", cell["key"]) for cell in read_cells(output)}
+
+
+def test_speed_is_measured_once_for_all_shapes(compared, monkeypatch):
+    monkeypatch.setattr("shrp_hf.benchmark.MIN_ROUND_SECONDS", 0.0)
+    (compared / "speed.json").unlink(missing_ok=True)
+    cells = read_cells(compared)
+    with claim(compared / "claims" / "speed.lock"):
+        assert measure_speed(compared, cells) == {}  # another run is at it
+    speed = measure_speed(compared, cells, num_rounds=1)
+    assert set(speed) == groups(compared)
+    assert speed["dense"]["ratio"] == 1
+    assert speed["random-heads6-recovery0"] == speed["hies-heads6-recovery0"]  # one shape
+    assert measure_speed(compared, cells[:1]) == speed  # nothing is measured again
+    rows = {row.name: row.speed for row in rows_of(cells, speed)}
+    assert rows["first 1 layers"] == speed["truncate-layers1-default-recovery0.25"]
+
+
 def test_tables_figures_and_the_page_come_from_the_cells(compared):
     speed = {"ratio": 2.0, "p50_ms": 5.0, "p95_ms": 6.0, "sequences_per_second": 9.0, "batch_size": 8, "length": 32}
     speed |= {"num_threads": 1, "device": "cpu", "num_rounds": 3}
-    groups = {re.sub(r"-seed\d$", "", cell["key"]) for cell in read_cells(compared)}
-    (compared / "speed.json").write_text(json.dumps(dict.fromkeys(groups, speed)), encoding="utf-8")
-    written = {path.name: path for path in write_results(compared)}
+    (compared / "speed.json").write_text(json.dumps(dict.fromkeys(groups(compared), speed)), encoding="utf-8")
+    words = ["compare", "MODEL", "--dataset", "sst2", "--report-only", "--output", str(compared)]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    written = {path.name: path for path in (*compared.iterdir(), *(compared / "figures").iterdir())}
     assert {"cells.csv", "table.md", "frontier.png", "retention.png", "report.html"} <= set(written)
-    assert "heads-hies-heads6.png" in written
+    assert {"heads-heads-6.png", "heads-knee_degree-3.png"} <= set(written)
     with written["cells.csv"].open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(read_cells(compared))
@@ -360,6 +416,25 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
         grid.check(SHAPE)
+
+
+def test_models_that_cannot_be_compared_are_refused(work, tmp_path):
+    task, grid = load_task("sst2", work), Grid(truncate=(1,))
+    tiny_bert(num_labels=3).save_pretrained(tmp_path / "three")
+    message = (
+        f"`model` {str(tmp_path / 'three')!r} predicts 3 labels, but the task 'sst2' has 2: give a model that was "
+        "fine-tuned on it, or `dense_epochs` to fine-tune it."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Comparison(Settings(str(tmp_path / "three")), grid, task, tmp_path / "out")
+    prune_heads(tiny_bert(num_labels=2), {0: [1]}).save_pretrained(tmp_path / "cut")
+    message = (
+        f"`model` {str(tmp_path / 'cut')!r} has pruned heads or expert layers already: compare from the dense model it "
+        "came from."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Comparison(Settings(str(tmp_path / "cut")), grid, task, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_report_without_cells_is_refused(tmp_path):

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from shrp_hf.plan import KeepPlan
-from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee, plot_quality_curve, plot_usage
+from shrp_hf.plots import (
+    plot_clusters,
+    plot_frontier,
+    plot_head_map,
+    plot_keep_rates,
+    plot_knee,
+    plot_panels,
+    plot_quality_curve,
+    plot_usage,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -31,6 +40,9 @@ def size_of_png(path):
         pytest.param(lambda path: plot_head_map(1e-9 * torch.tensor(SCORES), PLAN, path), id="head map, small scores"),
         pytest.param(lambda path: plot_head_map(torch.zeros(2, 3), PLAN, path), id="head map, all equal"),
         pytest.param(lambda path: plot_quality_curve(POINTS, path, baseline=0.7), id="quality"),
+        pytest.param(lambda path: plot_frontier(POINTS, path, 0.7), id="frontier"),
+        pytest.param(lambda path: plot_panels({"a": POINTS}, path, 0.7, "accuracy", "heads"), id="panels"),
+        pytest.param(lambda path: plot_keep_rates({"hies": [[0.0, 1.0], [0.5, 0.5]]}, path, "heads"), id="keep rates"),
         pytest.param(lambda path: plot_clusters(PLANE, [0, 0, 1, 1], [0, 2], [1, 3], path), id="clusters"),
         pytest.param(lambda path: plot_knee([2, 3, 4], [0.2, 0.8, 1.0], 3, path), id="knee"),
         pytest.param(lambda path: plot_knee([2, 3, 4], [0.2, 0.4, 0.6], None, path), id="no knee"),
@@ -144,6 +156,31 @@ def test_clusters_that_do_not_fit_are_refused(points, labels, medoids, kept, mes
 def test_knee_that_does_not_fit_is_refused(ks, mss, knee, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plot_knee(ks, mss, knee, tmp_path / "x.png")
+
+
+def test_panels_share_one_legend_in_which_each_series_has_one_look(tmp_path):
+    panels = {"without recovery": POINTS, "1 epoch": {"random": POINTS["random"], "cahp": POINTS["hies"]}}
+    text = plot_panels(panels, tmp_path / "x.svg", 0.7, "accuracy", "kept heads").read_text(encoding="utf-8")
+    for word in ("dense", "hies", "random", "cahp", "without recovery", "1 epoch", "kept heads"):
+        # Twice where a panel repeats it; the legend names each series once.
+        assert text.count(f"<!-- {word} -->") == (2 if word == "kept heads" else 1)
+    assert "#8a8a8a" in text  # the control
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (lambda path: plot_panels({}, path, 0.7, "accuracy", "heads"), "`panels` must hold at least one panel, got none"),
+        (lambda path: plot_panels({"a": {}}, path, 0.7, "accuracy", "heads"), "`points` must hold at least one selector"),
+        (lambda path: plot_keep_rates({}, path, "heads"), "`rates` must hold numbers from 0 to 1 .*, got none"),
+        (lambda path: plot_keep_rates({"his": [[1.5]]}, path, "heads"), r"`rates` must hold .*, got \['his'\]"),
+        (lambda path: plot_frontier({"his": [(0, 0.5, 0.5, 0.5)]}, path, 0.7), "`points` must hold speed-ups of more than 0"),
+    ],
+    ids=["no panel", "empty panel", "no method", "no share", "no speed"],
+)
+def test_comparisons_that_do_not_fit_are_refused(plot, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot(tmp_path / "x.png")
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):

@@ -189,7 +189,7 @@ class Worker:
         least = self.settings.min_heads_per_layer
         dsp = DspCallback(count, mode, seed=job.seed, min_heads_per_layer=least)
         setup = self._setup(job)
-        weights = {name: getattr(job.recipe, name) for name in ("distillation_logits", "distillation_hidden_states")}
+        weights = {name: weight for name, weight in asdict(job.recipe).items() if name.startswith("distillation_")}
         args = setup.arguments(
             job.key,
             num_train_epochs=self.settings.dsp_epochs * setup.epoch,

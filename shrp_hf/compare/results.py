@@ -2,19 +2,27 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
 from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, rows_of, table_of
-from shrp_hf.plots import plot_frontier, plot_keep_rates, plot_quality_curve
 from shrp_hf.report import write_text
 
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } tr:hover { background: #f4f6f8 }
-.wide { overflow-x: auto } img { max-width: 100% } figure { margin: 2em 0 }"""
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
+p, ul { max-width: 60em } h2 { margin-top: 2em } img { max-width: 100% } figure { margin: 1.5em 0 }
+figcaption { color: #555; font-size: 13px } .wide { overflow: auto; max-height: 85vh; border: 1px solid #ddd }
+table { border-collapse: separate; border-spacing: 0; font-size: 13px; font-variant-numeric: tabular-nums }
+td, th { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; background: #fff }
+th { position: sticky; top: 0; z-index: 1 } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+td:first-child { position: sticky; left: 0 } tr:hover td { background: #eef3f8 }"""
+_CAPTIONS = {
+    "frontier": "Quality against measured throughput: up and to the right is better.",
+    "retention": "Quality against the heads that stay; random is the control.",
+    "heads": "Dark: every seed keeps the head. A method that finds the same heads each time has no half tones.",
+}
 
 
 def write_results(output: Path) -> list[Path]:
@@ -42,71 +50,59 @@ def write_results(output: Path) -> list[Path]:
     return [*written, *figures, report]
 
 
-def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path]:
-    """Draws the frontier (where speed was measured), quality against kept heads, and which heads stay."""
-    dense = [row for row in rows if row.cells[0]["method"] == "dense"]
-    if not dense:
-        return []
-    baseline = dense[0].over_seeds(lambda cell: cell["metrics"][headline]).mean
-    frontier: dict[str, list[tuple[float, float, float, float]]] = {}
-    retention: dict[str, list[tuple[float, float, float, float]]] = {}
-    figures = []
-    for row in rows:
-        cell = row.cells[0]
-        if cell["method"] == "dense":
-            continue
-        value = row.over_seeds(lambda cell: cell["metrics"][headline])
-        bar = (value.mean, value.mean - (value.margin or 0), value.mean + (value.margin or 0))
-        if row.speed:
-            frontier.setdefault(row.series, []).append((row.speed["ratio"], *bar))
-        if cell["method"] not in ("shrp", "truncate"):
-            retention.setdefault(row.series, []).append((cell["num_heads"], *bar))
-            if cell["recovery_epochs"] == 0:
-                path = output / "figures" / f"heads-{cell['method']}-{cell['budget']}{cell['value']}.png"
-                figures.append(plot_keep_rates(row.keep_rates(), path, f"{row.name}: which stay"))
-    if retention:
-        figures.insert(0, plot_quality_curve(retention, output / "figures" / "retention.png", baseline, headline))
-    if frontier:
-        figures.insert(0, plot_frontier(frontier, output / "figures" / "frontier.png", baseline, headline))
-    return figures
-
-
 def html_report(rows: Sequence[Row], headline: str, figures: Sequence[Path]) -> str:
     """Returns one page with everything in it: it opens without a network, and can be sent as a file."""
     cell: Cell = rows[0].cells[0] if rows else {}
     settings = cell.get("settings", {})
+    task = html.escape(str(settings.get("task", "")))
     titles, *lines = table_of(rows, headline)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>\n" for line in lines)
-    facts = "".join(
-        f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in settings.items() if name != "recipe"
-    )
-    pictures = "".join(
-        f'<figure><img alt="{path.stem}" src="data:image/png;base64,{_encoded(path)}"></figure>\n' for path in figures
-    )
-    speed = next((row.speed for row in rows if row.speed), None)
-    timed = ""
-    if speed:
-        timed = (
-            f"<p>Throughput: {speed['batch_size']} x {speed['length']} tokens, {speed['num_threads']} threads, "
-            f"{speed['device']}, one run, median over {speed['num_rounds']} rounds; heads spread evenly over the layers.</p>"
-        )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(settings.get("task", "")))}: comparison</title>
+<html lang="en"><head><meta charset="utf-8"><title>{task}: comparison</title>
 <style>{_STYLE}</style></head><body>
-<h1>{html.escape(str(settings.get("task", "")))}: what was compared, and what it cost</h1>
+<h1>{task}: what was compared, and what it cost</h1>
 <p>Mean and 95% interval (Student's t) over seeds; one seed has no interval. Reported on {cell.get("rows", 0):,} rows
 ({html.escape(str(settings.get("reported", "")))}), which chose nothing. "Of dense" and "agreement" are against the
 dense model of the same seed. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole
-model.</p>
-{timed}
+model. "Examples" are those trained on after the dense model. {_timed(rows)}</p>
+{"".join(map(_figure, figures))}
+<h2>All results</h2>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
-{pictures}
-<h2>What holds for every cell</h2><ul>{facts}</ul>
+<h2>What holds for every cell</h2>{_facts({k: v for k, v in settings.items() if k != "recipe"} | cell.get("versions", {}))}
+{"".join(f"<h2>Recipe {html.escape(name)}</h2>{_facts(recipe)}" for name, recipe in _recipes(rows).items())}
 </body></html>
 """
 
 
-def _encoded(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def _figure(path: Path) -> str:
+    caption = _CAPTIONS[path.stem.split("-")[0]]
+    picture = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{path.stem}" src="data:image/png;base64,{picture}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _timed(rows: Sequence[Row]) -> str:
+    speed = next((row.speed for row in rows if row.speed), None)
+    if not speed:
+        return "Speed was not measured."
+    return (
+        f"Throughput: {speed['batch_size']} x {speed['length']} tokens, {speed['num_threads']} threads, {speed['device']}, "
+        f"one run, median over {speed['num_rounds']} rounds; heads spread evenly over the layers."
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return f"<ul>{''.join(f'<li>{html.escape(name)}: {html.escape(str(value))}</li>' for name, value in facts.items())}</ul>"
+
+
+def _recipes(rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
+    """The recipes by name; where routing was varied, each variant."""
+    recipes: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        recipe = row.cells[0]["settings"]["recipe"]
+        if recipe:
+            variant = f"top-{recipe['experts_per_sequence']}, balance {recipe['balance_coef']:g}"
+            recipes.setdefault(f"{recipe['name']} ({variant})", recipe)
+    return recipes

@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from shrp_hf.benchmark import Progress, measure_throughput
 from shrp_hf.compare.architectures import Shape, empty_model
+from shrp_hf.compare.claims import claim
 from shrp_hf.compare.tables import Cell, Timings, group_of
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.report import BENCHMARK_SHAPE, write_text
@@ -19,7 +20,8 @@ def measure_speed(output: Path, cells: Sequence[Cell], num_rounds: int = 5, prog
     """Times every shape among the cells against the dense model, and writes `speed.json`.
 
     Models with random weights stand for the cells, because speed depends on the shape alone. What an earlier call
-    measured is taken from the file where that has every shape: ratios of different runs are not mixed.
+    measured is taken from the file where that has every shape: ratios of different runs are not mixed. While another
+    process measures, this one does not: it returns what there is.
 
     Args:
         output: Directory of the comparison.
@@ -31,8 +33,9 @@ def measure_speed(output: Path, cells: Sequence[Cell], num_rounds: int = 5, prog
         Kind of cell (its key without the seed) -> figures, `ratio` being throughput against the dense model.
     """
     shapes = {group_of(cell): Shape.of(cell) for cell in cells}
-    known = read_speed(output)
-    if not set(shapes) <= set(known):
+    with claim(output / "claims" / "speed.lock") as is_ours:
+        if not is_ours or set(shapes) <= set(read_speed(output)):
+            return read_speed(output)
         dense = _dense(output, cells)
         distinct = {shape.name: shape for shape in (Shape.of({"kept": _full(dense), "expert_layers": ()}), *shapes.values())}
         models = {name: empty_model(dense, shape) for name, shape in distinct.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Cell = Mapping[str, Any]
-Timings = Mapping[str, Mapping[str, float]]
+Timings = Mapping[str, Mapping[str, Any]]
 
 _IDENTITY = ("method", "budget", "value", "experts", "recipe", "recovery_epochs")
 
@@ -68,19 +68,12 @@ class Row:
 
     cells: tuple[Cell, ...]
     dense: tuple[Cell, ...]
-    speed: Mapping[str, float] | None = None
+    speed: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
         """What the row is called."""
         return name_of(self.cells[0])
-
-    @property
-    def series(self) -> str:
-        """What rows have in common that differ only in their budget: a line in a picture."""
-        cell = self.cells[0]
-        experts = f", {cell['experts']} experts" if cell.get("experts") else ""
-        return f"{cell['method']}{experts} ({training_of(cell)})"
 
     def keep_rates(self) -> list[list[float]]:
         """How often each head stays, 0 to 1: shape (layers, heads)."""
@@ -166,7 +159,7 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     """
     quality = f"{headline} (reported)"
     titles = ["", "training", "seeds", quality, "of dense, %", "agreement, %", "held out", "heads", "experts"]
-    titles += ["encoder", "encoder + pooler", "whole model", "FLOPs"]
+    titles += ["encoder", "encoder + pooler", "whole model", "FLOPs", "examples"]
     has_speed = any(row.speed for row in rows)
     titles += ["throughput"] * has_speed
     lines = [titles]
@@ -184,9 +177,11 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
             f"{cell['num_experts']}",
         ]
         for name in ("encoder", "encoder_and_pooler", "whole"):
-            change = cell["parameters"][name] / dense["parameters"][name] - 1
-            line.append(f"{cell['parameters'][name]:,}" + (f" ({change:+.1%})" if change else ""))
-        line.append(f"{cell['flops'] / dense['flops']:.1%}")
+            count = statistics.fmean(cell["parameters"][name] for cell in row.cells)
+            change = count / dense["parameters"][name] - 1
+            line.append(f"{count:,.0f}" + (f" ({change:+.1%})" if change else ""))
+        line.append(f"{statistics.fmean(cell['flops'] for cell in row.cells) / dense['flops']:.1%}")
+        line.append(f"{cell['train_examples']:,}")
         if has_speed:
             line.append(f"{row.speed['ratio']:.2f}x" if row.speed else "-")
         lines.append(line)
