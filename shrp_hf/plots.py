@@ -201,7 +201,7 @@ def plot_keep_rates(rates: Mapping[str, Sequence[Sequence[float]] | torch.Tensor
     if not tables or any((table < 0).any() or (table > 1).any() for table in tables.values()):
         raise ValueError(f"`rates` must hold numbers from 0 to 1 for at least one method, got {list(tables) or 'none'}.")
     num_layers, num_heads = next(iter(tables.values())).shape
-    figure, grid = _panel_figure(len(tables), (0.6 + 0.2 * num_heads, 0.8 + 0.2 * num_layers))
+    figure, grid = _panel_figure(len(tables), (max(2.2, 0.6 + 0.2 * num_heads), max(1.8, 0.8 + 0.2 * num_layers)))
     for axes, (name, table) in zip(grid, tables.items(), strict=True):
         image = axes.imshow(100 * table.numpy(), cmap="Blues", vmin=0, vmax=100, aspect="auto")
         axes.set(title=name, xlabel="head", ylabel="layer" if axes is grid[0] else "")
