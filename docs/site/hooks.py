@@ -1,0 +1,33 @@
+"""Pages of the site that are made from what is elsewhere, so that they cannot go stale."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+COPIED = {"index.md": "README.md", "examples.md": "examples/README.md", "security.md": "SECURITY.md"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the front page (the README), the pages that lie outside docs/, and the command line's own help."""
+    for page, source in COPIED.items():
+        if (ROOT / source).exists():
+            files.append(File.generated(config, page, content=_from_the_root(ROOT / source)))
+    files.append(File.generated(config, "reference/command-line.md", content=command_line()))
+    return files
+
+
+def command_line() -> str:
+    """Returns the page of all commands, as `typer` writes it from the application."""
+    command = [sys.executable, "-m", "typer", "shrp_hf.cli", "utils", "docs", "--name", "shrp-hf"]
+    page = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return page.replace("# `shrp-hf`", "# Command line", 1)
+
+
+def _from_the_root(path: Path) -> str:
+    """Returns a page of the repository with its links as they have to be from the root of the site."""
+    return re.sub(r"\]\((?:\.\./)?docs/", "](", path.read_text(encoding="utf-8"))
