@@ -8,6 +8,7 @@ import sys
 import tomllib
 from configparser import ConfigParser
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,9 @@ def _check_python(words: list[str]) -> None:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         patch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
         patch.syspath_prepend(str(ROOT))
-        run, target = (runpy.run_module, words[1]) if words[0] == "-m" else (runpy.run_path, str(ROOT / words[0]))
+        path = find_spec(words[1]).origin if words[0] == "-m" else str(ROOT / words[0])
         with pytest.raises(_ParsedError):
-            run(target, run_name="__main__")
+            runpy.run_path(path, run_name="__main__")
 
 
 def extras() -> set[str]:
