@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-load test-floor test-newest audit benchmark clean
+.PHONY: demo test test-slow test-load test-floor test-newest audit docs benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -34,6 +34,9 @@ audit: $(VENV)/.installed-test
 	$(BIN)/python -m pip check
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/pip-audit --skip-editable
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.foundation --threads 2

@@ -198,7 +198,7 @@ def _report(
 {plan.num_kept} of {plan.num_layers * plan.num_heads} heads stay. Options: `{json.dumps(record.options)}`
 
 {comparison}
-Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and about 20% of its FLOPs.
+Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and 18% of its FLOPs.
 
 {pictures}"""
     path = output / "report.md"

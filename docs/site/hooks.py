@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -19,6 +20,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, page, content=_from_the_root(ROOT / source)))
     files.append(File.generated(config, "reference/command-line.md", content=command_line()))
     return files
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Points links to those pages, as they have to be in the repository, to where the pages are on the site."""
+    for page, source in COPIED.items():
+        markdown = markdown.replace(f"](../../{source})", f"](../{page})")
+    return markdown
 
 
 def command_line() -> str:

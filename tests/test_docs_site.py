@@ -1,0 +1,49 @@
+"""The documentation site: it builds without a warning, fetches nothing, and leaves no public name or command out."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import shrp_hf
+from shrp_hf import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+REFERENCE = sorted((DOCS / "reference").glob("*.md"))
+NAMED = re.findall(r"^::: (shrp_hf[\w.]*)$", "\n".join(p.read_text(encoding="utf-8") for p in REFERENCE), re.MULTILINE)
+
+
+def test_every_public_name_is_in_the_reference_once():
+    assert len(set(NAMED)) == len(NAMED)
+    assert {f"shrp_hf.{name}" for name in shrp_hf.__all__} - {"shrp_hf.__version__"} <= set(NAMED)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.glob("**/*.md")}
+    made = {"index.md", "examples.md", "security.md", "reference/command-line.md"}  # by docs/site/hooks.py
+    assert pages <= set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) <= pages | made
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    config = str(DOCS / "site" / "mkdocs.yml")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "-d", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "WARNING" not in run.stderr
+
+    pages = {str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8") for path in tmp_path.glob("**/*.html")}
+    for page, text in pages.items():
+        assert not re.findall(r'<(?:script|img|iframe)[^>]* src="https?:|<link[^>]* rel="stylesheet"[^>]* href="https?:', text), page
+    reference = "".join(text for page, text in pages.items() if page.startswith("reference/"))
+    for name in NAMED:
+        assert f'id="{name}"' in reference, name
+    for name in get_command(cli.app).commands:
+        assert f"shrp-hf {name}" in pages["reference/command-line.html"]
