@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from shrp_hf.benchmark import ModelReport, count_flops, count_parameters, measure_throughput, report_table
+from shrp_hf.benchmark import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.tasks.task import Task
 
 BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
@@ -55,7 +55,11 @@ def evaluate_on(
 
 
 def measure_models(
-    models: Mapping[str, PreTrainedModel], scores: Mapping[str, Mapping[str, float]], task: Task, num_rounds: int = 5
+    models: Mapping[str, PreTrainedModel],
+    scores: Mapping[str, Mapping[str, float]],
+    task: Task,
+    num_rounds: int = 5,
+    timings: Mapping[str, Timing] | None = None,
 ) -> list[ModelReport]:
     """Measures parameters, FLOPs and throughput of several models in one run.
 
@@ -64,12 +68,16 @@ def measure_models(
         scores: Name -> metrics on the reported split.
         task: The task.
         num_rounds: Rounds of the throughput measurement.
+        timings: Name -> timing, where they were measured in one run already; FLOPs are counted at their shape.
     """
     batch_size, length = BENCHMARK_SHAPE
     longest = next(iter(models.values())).config.max_position_embeddings
     length = min(length, longest - 2)  # RoBERTa's positions begin behind the padding index
     models = {name: model.to("cpu").eval() for name, model in models.items()}
-    timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)
+    if timings is None:
+        timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)
+    else:
+        batch_size, length = (getattr(next(iter(timings.values())), name) for name in ("batch_size", "length"))
     total = len(task.test)
     return [
         ModelReport(
@@ -95,9 +103,10 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
         f"- {row.name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[row.name].items()) for row in rows
     )
     timing = rows[0].timing
+    where = f"{timing.num_threads} CPU threads" if timing.device == "cpu" else timing.device
     return f"""{report_table(rows)}
 
-FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {timing.num_threads} CPU threads, one run, median
+FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {where}, one run, median
 over {len(timing.seconds)} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole
 model, whose embeddings stay.
 

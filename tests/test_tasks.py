@@ -371,6 +371,24 @@ def test_metrics_equal_hand_values(num_labels, predicted, labels, expected):
         assert measured == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("num_labels", "metric"),
+    [(2, "accuracy"), (2, "f1"), (3, "f1"), (1, "pearson")],
+    ids=["accuracy", "f1", "macro f1", "pearson"],
+)
+def test_bootstrap_judges_the_rows_drawn(num_labels, metric):
+    generator = np.random.default_rng(3)
+    labels = generator.integers(max(2, num_labels), size=30)
+    models = [EvalPrediction(generator.normal(size=(30, num_labels)), labels) for _ in range(2)]
+    task = toy_task(num_labels, (metric,))
+    drawn, expected = np.random.default_rng(5), []
+    for _ in range(4):
+        rows = drawn.integers(30, size=30)
+        parts = [EvalPrediction(model.predictions[rows], labels[rows]) for model in models]
+        expected.append([task.compute_metrics(part)[metric] for part in parts])
+    np.testing.assert_allclose(task.bootstrap(models, num_resamples=4, seed=5), np.transpose(expected))
+
+
 def test_local_metrics_are_evaluate_modules():
     accuracy = METRICS["accuracy"]()
     accuracy.add_batch(predictions=[1, 0], references=[1, 1])
@@ -387,6 +405,8 @@ def test_missing_metric_packages_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "shrp_hf.tasks.metrics", None)
     with pytest.raises(ImportError, match=r"shrp_hf\[metrics\]"):
         toy_task().compute_metrics(EvalPrediction(predictions=np.zeros((1, 2)), label_ids=np.zeros(1, int)))
+    with pytest.raises(ImportError, match=r"shrp_hf\[metrics\]"):
+        toy_task().bootstrap([])
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from shrp_hf.cli.app import app, main
 from shrp_hf.cli.card import card
 from shrp_hf.cli.compare import compare
+from shrp_hf.cli.compress import compress
 from shrp_hf.cli.export import export
 from shrp_hf.cli.inspect import inspect
 from shrp_hf.cli.prune import prune
@@ -12,6 +13,7 @@ __all__ = [
     "app",
     "card",
     "compare",
+    "compress",
     "demo",
     "export",
     "inspect",

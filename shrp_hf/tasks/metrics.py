@@ -106,3 +106,35 @@ def measure(
         options = {"average": average} if name == "f1" else {}
         results.update(METRICS[name]().compute(predictions=predictions, references=references, **options))
     return results
+
+
+def resample(
+    name: str,
+    predictions: Sequence[np.ndarray],
+    references: np.ndarray,
+    average: str = "binary",
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Computes one metric of several models on rows drawn with replacement, the same rows for all of them.
+
+    Args:
+        name: A key of `METRICS`.
+        predictions: Class indices or values of each model, shape (samples,).
+        references: The labels, shape (samples,).
+        average: As in `measure`.
+        num_resamples: How often the rows are drawn.
+        seed: Seed of the draws.
+
+    Returns:
+        Shape (models, num_resamples).
+    """
+    metric, options = METRICS[name](), {"average": average} if name == "f1" else {}
+    generator = np.random.default_rng(seed)
+    values = np.empty((len(predictions), num_resamples))
+    for column in range(num_resamples):
+        rows = generator.integers(len(references), size=len(references))
+        for row, predicted in enumerate(predictions):
+            # Without `compute`, whose tables in memory cost ten times the metric.
+            values[row, column] = metric._compute(predicted[rows], references[rows], **options)[name]
+    return values

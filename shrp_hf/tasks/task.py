@@ -1,11 +1,14 @@
 """`Task`: three splits, what their labels mean, and how a prediction is judged."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+_NEEDS_METRICS = "Computing metrics needs evaluate, scikit-learn and scipy: pip install 'shrp_hf[metrics]'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +115,39 @@ class Task:
         try:
             from shrp_hf.tasks.metrics import measure
         except ImportError as error:
-            raise ImportError(
-                "Computing metrics needs evaluate, scikit-learn and scipy: pip install 'shrp_hf[metrics]'"
-            ) from error
+            raise ImportError(_NEEDS_METRICS) from error
+        return measure(self.metric_names, *self._decisions(prediction), self._average)
+
+    def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+        """Judges several models on rows drawn again and again with replacement, the same rows for all of them.
+
+        Quantiles over the resamples are an interval of any metric, and those of a ratio between models are paired.
+
+        Args:
+            predictions: One a model, as for `compute_metrics`, over the same rows.
+            num_resamples: How often the rows are drawn.
+            seed: Seed of the draws.
+
+        Returns:
+            The headline metric, shape (models, num_resamples).
+
+        Raises:
+            ImportError: The extra `metrics` is not installed.
+            ValueError: The logits do not have one column per label.
+        """
+        try:
+            from shrp_hf.tasks.metrics import resample
+        except ImportError as error:
+            raise ImportError(_NEEDS_METRICS) from error
+        decided, (labels, *_) = zip(*map(self._decisions, predictions), strict=True)
+        return resample(self.headline, decided, labels, self._average, num_resamples, seed)
+
+    @property
+    def _average(self) -> str:
+        return "binary" if self.num_labels == 2 else "macro"
+
+    def _decisions(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the predicted classes or values, and the labels."""
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
         labels = np.asarray(prediction.label_ids).reshape(-1)
@@ -124,6 +157,5 @@ class Task:
                 f"got {logits.shape}. Build the model with `**task.config_kwargs`."
             )
         if self.is_regression:
-            return measure(self.metric_names, logits[:, 0].astype(np.float64), labels.astype(np.float64))
-        average = "binary" if self.num_labels == 2 else "macro"
-        return measure(self.metric_names, logits.argmax(axis=-1), labels, average)
+            return logits[:, 0].astype(np.float64), labels.astype(np.float64)
+        return logits.argmax(axis=-1), labels

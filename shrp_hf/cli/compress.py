@@ -1,0 +1,87 @@
+"""`shrp-hf compress`."""
+
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+
+from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, RecipeOption, SeedOption, app, console
+
+NOT_MET = 3
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    dataset: DatasetOption,
+    output: OutputOption,
+    data_dir: DataDirOption = None,
+    speedup: Annotated[float | None, typer.Option(help="Throughput to reach, as a multiple of the model's own.")] = None,
+    keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
+    shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
+    device: Annotated[str, typer.Option(help="Where to measure speed: cpu or cuda.")] = "cpu",
+    experts: Annotated[
+        str | None, typer.Option(help="Experts per layer to consider, such as 1,2,4; default 1, 2, 4, ... to all.")
+    ] = None,
+    max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = 6,
+    dense_epochs: Annotated[float, typer.Option(help="Fine-tuning first; 0: the model is fine-tuned on this task.")] = 0.0,
+    recipe: RecipeOption = "default",
+    balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Epochs of stage balance for each layer.")] = None,
+    specialise_epochs: Annotated[float | None, typer.Option(help="Epochs of stage specialise.")] = None,
+    recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
+    examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
+
+    Measures how fast every depth of conversion (SHRP) with every number of experts runs on this machine, and refuses a
+    speed-up that none reaches. Then it trains candidates until the targets are met, by measured speed and by quality on
+    rows held out of the training set. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png`
+    and `compress.json`. Started again, with the same or other targets, it trains nothing twice.
+
+    Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
+    what it reaches. 1: an error.
+
+    Example: `shrp-hf compress out/demo/dense --dataset docstrings --speedup 4 --output out/fast`
+    """
+    from shrp_hf.compress import Compression, CompressOptions, Targets
+    from shrp_hf.recipes import find_recipe
+    from shrp_hf.tasks.loading import load_task
+
+    batch_size_measured, length = _numbers("shape", shape, "x", 2)
+    options = CompressOptions(
+        Targets(speedup, keep_quality),
+        shape=(batch_size_measured, length),
+        device=device,
+        experts=None if experts is None else _numbers("experts", experts, ","),
+        max_trials=max_trials,
+        recipe=find_recipe(
+            recipe,
+            balance_epochs_per_layer=balance_epochs_per_layer,
+            specialise_epochs=specialise_epochs,
+            recovery_epochs=recovery_epochs,
+        ),
+        dense_epochs=dense_epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        examples_per_epoch=examples_per_epoch,
+        seed=seed,
+    )
+    task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
+    compression = Compression(model, task, output, options)
+    verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
+    console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
+    console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")
+    if not verdict.met:
+        raise typer.Exit(NOT_MET)
+
+
+def _numbers(name: str, text: str, separator: str, count: int | None = None) -> tuple[int, ...]:
+    parts = text.lower().split(separator)
+    if not all(part.strip().isdecimal() for part in parts) or count not in (None, len(parts)):
+        example = "8x128" if separator == "x" else "1,2,4"
+        raise ValueError(f"`{name}` must be written like {example}, got {text!r}.")
+    return tuple(map(int, parts))

@@ -1,0 +1,53 @@
+"""What a compression aims at, and how it trains."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shrp_hf.compress.search import Targets
+from shrp_hf.recipes import RECIPES, Recipe
+from shrp_hf.report import BENCHMARK_SHAPE
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What a compression aims at, and how it trains.
+
+    Args:
+        targets: What must be reached.
+        shape: Sequences and tokens per call at which speed is measured.
+        device: Where speed is measured.
+        experts: Numbers of experts per layer to consider; None: 1, 2, 4 and so on, up to all heads.
+        max_trials: Most candidates to train.
+        recipe: How they are converted and recovered.
+        dense_epochs: Epochs of fine-tuning before; 0: the model is fine-tuned.
+        dense_learning_rate: Learning rate of that.
+        batch_size: Sequences per step.
+        max_length: Longest sequence in tokens.
+        examples_per_epoch: Examples that count as an epoch; None: the whole training set.
+        seed: Seed of everything that is drawn.
+
+    Raises:
+        ValueError: `max_trials` is below 1.
+    """
+
+    targets: Targets
+    shape: tuple[int, int] = BENCHMARK_SHAPE
+    device: str = "cpu"
+    experts: tuple[int, ...] | None = None
+    max_trials: int = 6
+    recipe: Recipe = RECIPES["default"]
+    dense_epochs: float = 0.0
+    dense_learning_rate: float = 5e-5
+    batch_size: int = 32
+    max_length: int = 128
+    examples_per_epoch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_trials < 1:
+            raise ValueError(f"`max_trials` must be at least 1, got {self.max_trials}.")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the trained candidates depend on: everything but the targets, which may be changed in one directory."""
+        return {name: value for name, value in asdict(self).items() if name not in ("targets", "max_trials")}

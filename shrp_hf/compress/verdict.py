@@ -1,0 +1,233 @@
+"""What a compression found: the result on the reported rows, its report, its picture, its record."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, PreTrainedModel
+
+from shrp_hf.benchmark import Timing
+from shrp_hf.compress.candidates import DENSE, Candidate, speed_table
+from shrp_hf.compress.options import CompressOptions
+from shrp_hf.compress.search import Targets, Trial
+from shrp_hf.environment import command_line, environment
+from shrp_hf.model_card import write_card
+from shrp_hf.plots import plot_frontier
+from shrp_hf.record import Calibration, RunRecord, Score, source_name
+from shrp_hf.report import compare_models, measure_models, write_text
+from shrp_hf.tasks.task import Task
+
+NUM_RESAMPLES = 1000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a compression found.
+
+    Args:
+        model_name: Hub id or directory of what was compressed.
+        options: What it aimed at, and how it trained.
+        num_layers: Layers of the model.
+        dense_quality: The dense model's headline metric on the held-out rows.
+        speeds: Predicted speed-up of every candidate, untrained.
+        trials: The candidates that were trained, in order.
+        chosen: The one that was kept.
+    """
+
+    model_name: str
+    options: CompressOptions
+    num_layers: int
+    dense_quality: float
+    speeds: Mapping[Candidate, float]
+    trials: tuple[Trial, ...]
+    chosen: Trial
+
+    @property
+    def targets(self) -> Targets:
+        """What it aimed at."""
+        return self.options.targets
+
+    @property
+    def met(self) -> bool:
+        """Whether the chosen one reaches every target, by measured speed and on the held-out rows."""
+        return self.chosen.meets(self.targets)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The headline metric on the reported rows, with 95% intervals (bootstrap over the rows, paired for the share).
+
+    Args:
+        dense: The dense model's.
+        dense_interval: Its interval.
+        result: The compressed model's.
+        result_interval: Its interval.
+        retention: Share of the dense quality that the result keeps.
+        retention_interval: Its interval; not finite where resamples leave the dense model nothing.
+    """
+
+    dense: float
+    dense_interval: Interval
+    result: float
+    result_interval: Interval
+    retention: float
+    retention_interval: Interval
+
+
+def write_verdict(
+    verdict: Verdict,
+    task: Task,
+    output: Path,
+    models: Mapping[str, PreTrainedModel],
+    predictions: Mapping[str, EvalPrediction],
+    timings: Mapping[str, Timing],
+) -> None:
+    """Judges the reported rows, and writes `report.md`, `compress.json`, `trials.png` and the model's card.
+
+    Args:
+        verdict: What was found.
+        task: The task.
+        output: Directory that holds `model`, and gets the files.
+        models: The dense model and the result, in this order.
+        predictions: Theirs on the reported rows.
+        timings: Theirs, from one run.
+    """
+    scores = {name: task.compute_metrics(prediction) for name, prediction in predictions.items()}
+    dense, result = (score[task.headline] for score in scores.values())
+    resampled = task.bootstrap(list(predictions.values()), NUM_RESAMPLES, verdict.options.seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        intervals = [_interval(values) for values in (*resampled, resampled[1] / resampled[0])]
+    retention = result / dense if dense > 0 else math.nan
+    reported = Reported(dense, intervals[0], result, intervals[1], retention, intervals[2])
+    rows = measure_models(models, scores, task, timings=timings)
+    record = RunRecord.of(
+        models[verdict.chosen.candidate.name],
+        rows,
+        scores,
+        task,
+        method="shrp",
+        base_model=source_name(verdict.model_name),
+        options=asdict(verdict.options),
+        seeds=(verdict.options.seed,),
+        train_rows=len(task.train),
+        calibration=Calibration(len(task.validation), "rows held out of the training set"),
+        shape=verdict.options.shape,
+    )
+    write_card(output / "model", record)
+    points = {trial.candidate.name: [_point(trial, task)] for trial in verdict.trials}
+    plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
+    write_text(output / "report.md", _report(verdict, task, reported, compare_models(rows, scores, task)))
+    summary = {
+        "met": verdict.met,
+        "targets": asdict(verdict.targets),
+        "chosen": asdict(verdict.chosen),
+        "trials": [asdict(trial) for trial in verdict.trials],
+        "reported": asdict(reported),
+        "headline": task.headline,
+        "command": command_line(),
+        "environment": environment(),
+    }
+    write_text(output / "compress.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _point(trial: Trial, task: Task) -> tuple[float, float, float, float]:
+    interval = Score.of(task.headline, trial.quality, len(task.validation)).interval
+    return trial.speedup, trial.quality, *(interval or (trial.quality, trial.quality))
+
+
+def _interval(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _report(verdict: Verdict, task: Task, reported: Reported, comparison: str) -> str:
+    where, (batch_size, length) = environment(), verdict.options.shape
+    caveat = "" if verdict.options.dense_epochs else (
+        "\nThe model came fine-tuned: if it was fine-tuned on these held-out rows too, its quality on them flatters it, and "
+        "the shares here are on the strict side.\n"
+    )  # fmt: skip
+    return f"""# {task.name}: {verdict.targets}
+
+{_headline(verdict, task.headline)} The model is in `model`.
+
+{_on_reported_rows(task.headline, verdict.targets, reported)}
+
+Made from `{"/".join(Path(verdict.model_name).parts[-2:])}` by recipe {verdict.options.recipe.name!r}; options: `run.json`.
+Command: `{command_line()}`. Machine: {where["machine"]}, torch {where["torch"]}, {where["date"]}.
+
+{comparison}
+## What was tried
+
+{_trial_table(verdict, task.headline)}
+
+Quality is that of {len(task.validation)} rows held out of the training set; speed was measured against the dense model at
+{batch_size} x {length} tokens on {verdict.options.device}, predicted before the training and measured again after it.
+{_why(verdict)}
+{caveat}
+![quality against speed](trials.png)
+
+## Speed of every shape, before any training
+
+All in turns, in one run; throughput as a multiple of the dense model's.
+
+{speed_table(verdict.speeds, verdict.targets.speedup)}
+"""
+
+
+def _headline(verdict: Verdict, headline: str) -> str:
+    chosen = verdict.chosen
+    what = chosen.candidate.describe(verdict.num_layers)
+    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {chosen.retention:.1%} of its held-out {headline}."
+    if verdict.met:
+        return f"**The target is met**: {found}"
+    missed = [] if verdict.targets.fast_enough(chosen.speedup) else ["speed"]
+    missed += [] if verdict.targets.good_enough(chosen.retention) else ["quality"]
+    return f"**The target is NOT met ({' and '.join(missed)})**; the best of {len(verdict.trials)} tried is {found}"
+
+
+def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> str:
+    def shown(value: float, interval: Interval, form: str) -> str:
+        return f"{value:{form}} (95% interval {interval[0]:{form}} to {interval[1]:{form}})"
+
+    text = (
+        f"On the reported rows, which chose nothing, {headline} is {shown(reported.result, reported.result_interval, '.4f')} "
+        f"against {shown(reported.dense, reported.dense_interval, '.4f')} dense: "
+        f"{shown(reported.retention, reported.retention_interval, '.1%')} of it is kept."
+    )
+    if targets.keep_quality is None:
+        return text
+    low, high = reported.retention_interval
+    holds = "**also holds** there" if targets.good_enough(reported.retention) else "**does not hold** there"
+    unsure = ", though the interval includes it" if low <= targets.keep_quality <= high else ""
+    return f"{text} The target of {targets.keep_quality:.1%} {holds}{unsure}."
+
+
+def _trial_table(verdict: Verdict, headline: str) -> str:
+    total = verdict.num_layers
+    lines = [f"| tried | layers converted | experts | predicted | measured | held-out {headline} | of dense | |"]
+    lines += [
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| dense | 0 of {total} | | | 1.00x | {verdict.dense_quality:.4f} | | |",
+    ]
+    for trial in verdict.trials:
+        cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
+        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", f"{trial.quality:.4f}"]
+        cells += [f"{trial.retention:.1%}", "**chosen**" if trial == verdict.chosen else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.targets.speedup is None:
+        return (
+            "Candidates were tried by bisection over their speed, for the fastest that holds the quality; it takes quality to "
+            "fall as speed rises."
+        )
+    order = "Candidates that reach the speed were tried by expected quality: fewest layers converted, then most experts."
+    return order + (" The first that met the target was kept." if verdict.met else " None met the target.")
