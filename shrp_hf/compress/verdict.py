@@ -11,7 +11,7 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from shrp_hf.benchmark import Timing
-from shrp_hf.compress.candidates import DENSE, Candidate, speed_table
+from shrp_hf.compress.candidates import Candidate, speed_table
 from shrp_hf.compress.options import CompressOptions
 from shrp_hf.compress.search import Targets, Trial
 from shrp_hf.environment import command_line, environment
