@@ -405,6 +405,34 @@ def test_bad_grids_are_refused_before_any_work(grid, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
+        ({"examples_per_epoch": 0}, "`examples_per_epoch` must be at least 1, got 0."),
+        ({"dense_epochs": -1}, "`dense_epochs` must be 0 or more, got -1."),
+        ({"dsp_epochs": 0}, "`dsp_epochs` must be more than 0, got 0."),
+        ({"alpha": 1.0}, '`alpha` must be in [0, 1) or "search", got 1.0.'),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Settings("model", **settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0,one"], "'0,one' is no list of numbers separated by commas"),
+        (["--alpha", "high"], "'high' is neither a number nor \"search\""),
+    ],
+)
+def test_words_that_are_no_numbers_are_refused(words, message, tmp_path):
+    result = CliRunner().invoke(cli.app, ["compare", "MODEL", "--dataset", "sst2", "--output", str(tmp_path), *words])
+    assert result.exit_code == 2
+    assert message in re.sub(r"[\s│]+", " ", result.output)
+
+
 def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^`expert_layers` must be left out, got \[1\]: only BERT and RoBERTa convert to SHRP\.$"

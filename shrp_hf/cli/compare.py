@@ -29,7 +29,17 @@ def _list_of(kind: type) -> Callable[[str], list[Any]]:
 
 
 def _option(kind: type, text: str) -> Any:
-    return typer.Option(parser=_list_of(kind), help=text)
+    return typer.Option(parser=_list_of(kind), help=text, metavar="LIST")
+
+
+_ALPHA = 'HIES: weight of importance, or "search" (on held-out rows).'
+
+
+def _alpha(text: str) -> float | None:
+    try:
+        return None if text == "search" else float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f'{text!r} is neither a number nor "search"') from error
 
 
 @app.command()
@@ -60,7 +70,7 @@ def compare(
     calibration_samples: Annotated[int, typer.Option(help="Training rows to score heads on.")] = 1024,
     signature_size: Annotated[int, typer.Option(help="CAHP: side of the resized attention maps; 48 for pairs.")] = 32,
     min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
-    alpha: Annotated[str, typer.Option(help='HIES: weight of importance, or "search" (on held-out rows).')] = "0.5",
+    alpha: Annotated[Any, typer.Option(parser=_alpha, metavar="NUMBER", help=_ALPHA)] = "0.5",
     dsp_epochs: Annotated[float, typer.Option(help="DSP: epochs that learn what to keep, before recovery.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = 0.25,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
@@ -106,7 +116,7 @@ def compare(
         calibration_samples=calibration_samples,
         signature_size=signature_size,
         min_heads_per_layer=min_heads_per_layer,
-        alpha=None if alpha == "search" else float(alpha),
+        alpha=alpha,
         dsp_epochs=dsp_epochs,
         tolerance=tolerance,
         bf16=bf16,

@@ -1,6 +1,7 @@
 """What a job does: fine-tune, score, plan, convert, shorten, recover, and the record of a cell."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +58,9 @@ class Settings:
         tolerance: Regression: how far a prediction may be from the dense model's and count as the same.
         bf16: Train in bfloat16 autocast; everything is evaluated in float32.
         split_seed: Of the held-out cut of the task.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     model: str
@@ -73,6 +77,20 @@ class Settings:
     tolerance: float = 0.25
     bf16: bool = False
     split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("examples_per_epoch", "batch_size", "max_length", "calibration_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("dense_epochs", "min_heads_per_layer", "tolerance", "split_seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
+        for name in ("dense_learning_rate", "dsp_epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}.")
+        if self.alpha is not None and not 0 <= self.alpha < 1:
+            raise ValueError(f'`alpha` must be in [0, 1) or "search", got {self.alpha}.')
 
 
 class Worker:
