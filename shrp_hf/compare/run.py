@@ -118,16 +118,14 @@ class Comparison:
         for job in self.jobs.values():
             if not self.worker.file(job).exists():
                 continue
-            found, wanted = (
-                json.loads(self.worker.file(job).read_text(encoding="utf-8"))["settings"],
-                self.worker.identity(job),
-            )
-            if found != json.loads(json.dumps(wanted)):
-                names = [name for name in wanted if found.get(name) != wanted[name]]
-                raise ValueError(
-                    f"`output` {str(self.output)!r} holds {job.key} with another `{names[0]}`: {found.get(names[0])!r}, not "
-                    f"{wanted[names[0]]!r}. Choose another directory, or remove this one."
-                )
+            found = json.loads(self.worker.file(job).read_text(encoding="utf-8"))["settings"]
+            wanted = json.loads(json.dumps(self.worker.identity(job)))  # as it would be read back
+            for name in {**wanted, **found}:
+                if found.get(name) != wanted.get(name):
+                    raise ValueError(
+                        f"`output` {str(self.output)!r} holds {job.key} with another `{name}`: {found.get(name)!r}, not "
+                        f"{wanted.get(name)!r}. Choose another directory, or remove this one."
+                    )
 
 
 def _shape_of(settings: Settings, task: Task) -> ModelShape:
