@@ -1,6 +1,6 @@
 """Where a layer keeps its attention heads, and how a layer is made smaller by them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,13 +195,17 @@ def _left_by_removal(
 ) -> list[list[int]]:
     left = [list(heads) for heads in present]
     for layer, heads in removed.items():
-        if not isinstance(layer, int) or not 0 <= layer < len(left):
+        if type(layer) is not int or not 0 <= layer < len(left):
             raise ValueError(f"`plan` names layer {layer!r}, but the model's layers are 0 to {len(left) - 1}.")
         if layer in expert_layers:
             raise ValueError(
                 f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a "
                 "KeepPlan."
             )
+        is_listed = isinstance(heads, Iterable) and not isinstance(heads, Mapping | str)
+        heads = list(heads) if is_listed else heads
+        if not is_listed or any(type(head) is not int for head in heads):
+            raise ValueError(f"`plan` must name the heads of layer {layer} by a list of whole numbers, got {heads!r}.")
         gone = sorted(set(heads) - set(left[layer]))
         if gone:
             raise ValueError(f"`plan` removes heads {gone} of layer {layer}, which are gone; left are {left[layer]}.")

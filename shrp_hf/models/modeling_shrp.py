@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -392,10 +392,11 @@ def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
         if isinstance(layers, bool) or not 1 <= layers <= total:
             raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
         layers = range(total - layers, total)
-    layers = list(layers)
+    is_listed = isinstance(layers, Iterable) and not isinstance(layers, Mapping | str)
+    layers = list(layers) if is_listed else layers
+    if not is_listed or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+        raise ValueError(f"`expert_layers` must be a number of layers or a list of their indices, got {layers!r}.")
     for i in layers:
-        if not isinstance(i, int):
-            raise ValueError(f"`expert_layers` must be a number of layers or a list of their indices, got {layers}.")
         if not 0 <= i < total:
             raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
     if not layers or len(set(layers)) != len(layers):

@@ -1,11 +1,17 @@
 """Counts what the fault tests tried, over all their processes, and prints it at the end."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _KEY = "faults"
+_SETTINGS = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("fast", max_examples=10, **_SETTINGS)
+settings.register_profile("full", max_examples=100, **_SETTINGS)
+settings.load_profile(os.environ.get("FAULTS_PROFILE", "fast"))
 
 
 @pytest.fixture
