@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from shrp_hf.files import written_whole
+
 _FIELDS = {"kept", "num_heads"}
 
 
@@ -68,10 +70,8 @@ class KeepPlan:
         """Returns the plan as JSON text and, given a path, also writes it there (to a temporary name, then moved)."""
         text = json.dumps({"kept": [list(heads) for heads in self.kept], "num_heads": self.num_heads})
         if path is not None:
-            target = Path(path)
-            partial = target.with_name(f".{target.name}.partial")
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(target)
+            with written_whole(path) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
         return text
 
     @classmethod

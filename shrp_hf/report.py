@@ -1,6 +1,5 @@
 """Models side by side: quality on the reported split, parameters, FLOPs, measured speed."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrp_hf.benchmark import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
+from shrp_hf.files import written_whole
 from shrp_hf.tasks.task import Task
 
 BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
@@ -18,9 +18,8 @@ BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: to a temporary name, then moved."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write one file
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def predict_on(

@@ -19,6 +19,7 @@ from shrp_hf.distillation import (
     student_logits,
     value_relations_loss,
 )
+from shrp_hf.files import writing_to
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.numerics import FiniteTrainer
@@ -184,6 +185,10 @@ class ShrpTrainer(FiniteTrainer):
             else:
                 model.finish_conversion_()
         return output
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        with writing_to(self.args.output_dir):
+            super()._save_checkpoint(*args)
 
     def _shrp_model(self) -> PreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model)

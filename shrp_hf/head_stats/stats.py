@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from shrp_hf.files import written_whole
 from shrp_hf.plan import KeepPlan
 
 GRANULARITIES = ("sample", "token", "batch")
@@ -156,13 +157,11 @@ class HeadStats:
 
     def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
         """Writes everything to a safetensors file (to a temporary name, then moved), with `extra` texts beside it."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
         shape = {"request": asdict(self.request), "scored": self.scored, "num_heads": self.num_heads}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.sums.items()}
         texts = {"head_stats": json.dumps(shape), **(extra or {})}
-        save_file(tensors, partial, metadata=texts | {"sha256": _checksum(tensors, texts)})
-        partial.replace(target)
+        with written_whole(path) as partial:
+            save_file(tensors, partial, metadata=texts | {"sha256": _checksum(tensors, texts)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -299,6 +299,9 @@ class ShrpModelMixin(SafeWeightsMixin):
             with_code: Also write the code, and name it in the config for every Auto class, so that the model opens with
                 `trust_remote_code=True` where shrp_hf is not installed.
             **kwargs: As in Transformers.
+
+        Raises:
+            OSError: It cannot be written: a full disk, no permission, a file in the place of the directory.
         """
         if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint", False):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -310,16 +313,21 @@ class ShrpModelMixin(SafeWeightsMixin):
             self.push_to_hub(repo_id, with_code=with_code, **hub)
             return
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        for left in target.glob(".saving-*"):  # by a save that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staged:
-            super().save_pretrained(staged, *args, **kwargs)
-            if with_code or getattr(self, "_ships_code", False):
-                self._write_code(Path(staged))
-            elif type(self)._auto_class is None:  # what a config names that was loaded with its code stays there
-                _write_auto_map(Path(staged), None)
-            _publish(Path(staged), target)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for left in target.glob(".saving-*"):  # by a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staged:
+                super().save_pretrained(staged, *args, **kwargs)
+                if with_code or getattr(self, "_ships_code", False):
+                    self._write_code(Path(staged))
+                elif type(self)._auto_class is None:  # what a config names that was loaded with its code stays there
+                    _write_auto_map(Path(staged), None)
+                _publish(Path(staged), target)
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(f"The model cannot be saved to `{target}` ({error}): what was there is as it was.") from error
 
     def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
         """Uploads as Transformers does; `with_code` as in `save_pretrained`."""

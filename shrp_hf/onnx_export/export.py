@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from shrp_hf.files import writing_to
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.onnx_export.check import (
     Arrays,
@@ -87,20 +88,21 @@ def export_onnx(
         "opset": OPSET,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    output.mkdir(parents=True, exist_ok=True)
-    for left in output.glob(".exporting-*"):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
-        staged = Path(folder)
-        path = staged / "model.onnx"
-        write_graph(reference, _tracing_inputs(reference, record["inputs"]), names, path, split=int8)
-        record["float32"] = _check_float32(path, expected, batches)
-        if int8:
-            write_int8(path, staged / "int8.onnx")
-            (staged / "int8.onnx").replace(path)
-            found = _run(path, names, batches)
-            record["int8"] = _check_int8(agreement(model, batches, expected, found), min_agreement, texts is None)
-        _publish(model, tokenizer, record, staged, output)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for left in output.glob(".exporting-*"):  # by an export that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
+            staged = Path(folder)
+            path = staged / "model.onnx"
+            write_graph(reference, _tracing_inputs(reference, record["inputs"]), names, path, split=int8)
+            record["float32"] = _check_float32(path, expected, batches)
+            if int8:
+                write_int8(path, staged / "int8.onnx")
+                (staged / "int8.onnx").replace(path)
+                found = _run(path, names, batches)
+                record["int8"] = _check_int8(agreement(model, batches, expected, found), min_agreement, texts is None)
+            _publish(model, tokenizer, record, staged, output)
     return output / "model.onnx"
 
 
