@@ -119,9 +119,9 @@ def test_every_file_is_found():
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        pytest.param("plan", "from shrp_hf.trainer import x", "plan (row 0) may not import shrp_hf.trainer", id="up"),
+        pytest.param("plan", "from shrp_hf.trainer import x", "plan (row 1) may not import shrp_hf.trainer", id="up"),
         pytest.param("plan", "from shrp_hf.budget import Budget", "may not import shrp_hf.budget", id="own row"),
-        pytest.param("plan", "def f():\n    import shrp_hf.cli", "line 2: plan (row 0)", id="inside a function"),
+        pytest.param("plan", "def f():\n    import shrp_hf.cli", "line 2: plan (row 1)", id="inside a function"),
         pytest.param("plan", "importlib.import_module('shrp_hf.cli')", "may not import shrp_hf.cli", id="by name"),
         pytest.param("cli", "import shrp_hf", "package root", id="root"),
         pytest.param("cli", "from shrp_hf import __version__", "package root", id="name from the root"),

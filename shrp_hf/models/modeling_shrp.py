@@ -409,7 +409,7 @@ def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
             raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {layers}.")
-    return layers
+    return list(layers)
 
 
 def _publish(staged: Path, target: Path) -> None:
