@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from shrp_hf.onnx_export.sentences import SENTENCES
 from tests.test_families import CASES, TABLE, WITHOUT_EXPERTS, inputs, stock
 from tests.tiny import randomize_, same_state, tiny_bert, tiny_routed
 
-pytest.importorskip("onnxruntime")
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 WORDS = sorted({word for text in SENTENCES for word in text.lower().replace(".", " ").split() if word.isalpha()})
 HALF, HOLED = KeepPlan(((0, 3), (1,), (0, 2)), 4), KeepPlan(((0, 3), (), (1, 2)), 4)
 STATIC = KeepPlan(((0, 1, 2, 3), (1,), (2,)), 4)
@@ -152,6 +153,18 @@ def test_a_process_without_torch_classifies_as_the_model_does(int8, classifier, 
     assert {"torch", "onnxruntime", "transformers", "shrp_hf"} <= set(record["versions"])
     assert AutoConfig.from_pretrained(tmp_path).architectures == ["ShrpBertForSequenceClassification"]
     assert b"site-packages" not in (tmp_path / "model.onnx").read_bytes()  # nor any other path of this machine
+
+
+def test_an_expert_layer_is_five_operators_and_residuals_stay_apart(tmp_path):
+    path = export_onnx(prune_heads(tiny_routed(2), STATIC), None, tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    onnxruntime.InferenceSession(path, options)
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "opened.onnx").graph.node)
+    # three layers, two of them expert layers; embeddings, dense layer and residuals
+    assert (nodes["Attention"], nodes["BiasGelu"], nodes["LayerNormalization"], nodes["Sum"]) == (3, 3, 5, 3)
+    assert nodes["MatMul"] == 5
+    assert not {"SkipLayerNormalization", "Transpose", "Reshape", "Expand", "Where", "Softmax"} & set(nodes)
 
 
 # --- nothing is published that does not agree ---

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,6 +145,18 @@ def _attend(
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
+def _sum_residuals_(graph: Any) -> None:
+    """Writes a residual that LayerNorm reads as `Sum`, which is `Add` under another name.
+
+    Of `Add` and LayerNorm ONNX Runtime makes one operator when it opens the file, and on a CPU that takes three times as
+    long as the two.
+    """
+    for node in graph:
+        if node.op_type == "Add" and not any(value.is_initializer() for value in node.inputs):
+            if any(use.node.op_type == "LayerNormalization" for use in node.outputs[0].uses()):
+                node.op_type = "Sum"
+
+
 def write_graph(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], output_names: Sequence[str], path: Path, split: bool
 ) -> None:
@@ -176,4 +189,5 @@ def write_graph(
             verbose=False,
         )
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
+    _sum_residuals_(program.model.graph)
     program.save(path)
