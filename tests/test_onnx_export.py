@@ -158,6 +158,7 @@ def test_a_process_without_torch_classifies_as_the_model_does(int8, classifier, 
     record = json.loads((tmp_path / "onnx.json").read_text(encoding="utf-8"))
     assert record["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
     assert record["precision"] == ("int8" if int8 else "float32")
+    assert record["compared_on"] == f"{len(SENTENCES)} built-in sentences"
     assert record["float32"]["largest_difference"] < 1e-5
     assert {"torch", "onnxruntime", "transformers", "shrp_hf"} <= set(record["versions"])
     assert AutoConfig.from_pretrained(tmp_path).architectures == ["ShrpBertForSequenceClassification"]
@@ -271,6 +272,34 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_onnx(tiny_bert(), None, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_the_user_are_what_is_compared(classifier, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("No.\n\nIt rained.\n", encoding="utf-8")
+    (tmp_path / "RTE").mkdir()
+    lines = [f"{i}\tthe soup {i}\tnobody {i}\t{('entailment', 'not_entailment')[i % 2]}" for i in range(40)]
+    for name, part in (("train", lines[:30]), ("dev", lines[30:])):
+        text = "\n".join(["index\tsentence1\tsentence2\tlabel", *part])
+        (tmp_path / "RTE" / f"{name}.tsv").write_text(text, encoding="utf-8")
+    seen = []
+
+    def stop(model, tokenizer, texts):
+        seen.append(texts)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(export, "make_batches", stop)
+    for words in (("--texts", tmp_path / "texts.txt"), ("--dataset", "rte", "--data-dir", tmp_path)):
+        CliRunner().invoke(cli.app, ["export", str(classifier), "--output", str(tmp_path / "out"), *map(str, words)])
+    assert seen[0] == ["No.", "It rained."]
+    assert len(seen[1]) == 3  # a tenth of the training rows, held out
+    assert all(pair in [(f"the soup {i}", f"nobody {i}") for i in range(30)] for pair in seen[1])
+
+
+def test_pairs_are_encoded_as_pairs(classifier):
+    model, tokenizer = load_for_export(str(classifier))
+    (batch, short, _) = check.make_batches(model, tokenizer, [("no", "it rained"), ("yes", "no")])
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert short["input_ids"].shape == (1, 5)
 
 
 def test_mixed_texts_are_refused(tmp_path):

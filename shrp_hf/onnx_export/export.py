@@ -86,6 +86,7 @@ def export_onnx(
         "inputs": input_names(model, tokenizer),
         "outputs": names,
         "opset": OPSET,
+        "compared_on": _compared_on(model, tokenizer, texts),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     with writing_to(output):
@@ -101,7 +102,7 @@ def export_onnx(
                 write_int8(path, staged / "int8.onnx")
                 (staged / "int8.onnx").replace(path)
                 found = _run(path, names, batches)
-                record["int8"] = _check_int8(agreement(model, batches, expected, found), min_agreement, texts is None)
+                record["int8"] = _check_int8(agreement(model, batches, expected, found), min_agreement)
             _publish(model, tokenizer, record, staged, output)
     return output / "model.onnx"
 
@@ -151,6 +152,14 @@ def _checked_texts(model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text]
     if kinds not in ({1}, {2}):
         raise ValueError(f"`texts` must all be sentences, or all pairs of sentences, got items of {sorted(kinds)} parts.")
     return texts
+
+
+def _compared_on(model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text] | None) -> str:
+    if model.main_input_name == "pixel_values":
+        return "random pixels"
+    if tokenizer is None:
+        return "random tokens"
+    return f"{len(SENTENCES)} built-in sentences" if texts is None else f"{len(texts)} texts that were given"
 
 
 def _check_output(output: Path) -> None:
@@ -213,14 +222,14 @@ def _check_float32(path: Path, expected: Sequence[Arrays], batches: Sequence[Arr
     return {"largest_difference": reached, "tolerance": TOLERANCE}
 
 
-def _check_int8(measured: tuple[str, float], least: float, built_in: bool) -> dict[str, Any]:
+def _check_int8(measured: tuple[str, float], least: float) -> dict[str, Any]:
     measure, reached = measured
     if not reached >= least:
         raise RuntimeError(
             f"The int8 file agrees with PyTorch on {reached:.3f} ({measure}), less than `min_agreement={least}`: nothing was "
             "published. Compare on sentences of your task (`texts`), lower `min_agreement`, or export without int8."
         )
-    return {"measure": measure, "agreement": reached, "min_agreement": least, "built_in_texts": built_in}
+    return {"measure": measure, "agreement": reached, "min_agreement": least}
 
 
 def _publish(model: PreTrainedModel, tokenizer: Any, record: dict, staged: Path, output: Path) -> None:
