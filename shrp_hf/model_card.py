@@ -243,10 +243,9 @@ def _kept(record: RunRecord) -> str:
 
 def _making(record: RunRecord) -> str:
     lines = [f"- Made from: {record.base_model}"]
-    if record.train_rows:
-        lines.append(f"- Trained on: {record.train_rows:,} rows of {record.task or 'text'}")
-    if record.calibration:
-        lines.append(f"- Heads chosen on (calibration): {record.calibration.rows:,} {record.calibration.source}")
+    for what, rows in (("Trained on", record.training), ("Heads chosen on (calibration)", record.calibration)):
+        if rows:
+            lines.append(f"- {what}: {rows.count:,} {rows.source}")
     if record.seeds:
         lines.append(f"- Seeds: {', '.join(map(str, record.seeds))}")
     if record.environment:

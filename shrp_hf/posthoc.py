@@ -21,7 +21,7 @@ from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
-from shrp_hf.record import Calibration, RunRecord, source_name
+from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
@@ -161,6 +161,7 @@ def prune_posthoc(
     models = {"unpruned": model, "pruned": pruned}
     scores = {name: evaluate_on(m, data["test"], task, tokenizer) for name, m in models.items()}
     rows = measure_models(models, scores, task)
+    source = f"training rows of {task.name}"
     num_scored = min(options.calibration_samples, len(data["train"]))
     record = RunRecord.of(
         pruned,
@@ -171,8 +172,8 @@ def prune_posthoc(
         base_model=source_name(model_name),
         options={name: value for name, value in asdict(options).items() if value is not None},
         seeds=(options.seed,),
-        train_rows=len(data["train"]) if options.recovery_epochs else None,
-        calibration=Calibration(num_scored, "training rows") if selector.request != StatsRequest() else None,
+        training=Rows(len(data["train"]), source) if options.recovery_epochs else None,
+        calibration=Rows(num_scored, source) if selector.request != StatsRequest() else None,
     )
     write_card(output, record)
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))

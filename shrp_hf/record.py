@@ -135,15 +135,15 @@ class Measured(_Checked):
 
 
 @dataclass(frozen=True)
-class Calibration(_Checked):
-    """The rows on which heads or experts were chosen.
+class Rows(_Checked):
+    """What a model was trained on, or its heads were chosen on.
 
     Args:
-        rows: How many.
-        source: Where they come from, for example "training rows".
+        count: How many rows.
+        source: Where they come from, for example "training rows of sst2".
     """
 
-    rows: int
+    count: int
     source: str
 
 
@@ -162,7 +162,7 @@ class RunRecord(_Checked):
         seeds: Seeds of the runs that the scores come from.
         task: Name of the task; None for embeddings and the like.
         reported: Where the reported rows come from.
-        train_rows: Rows that it was trained on; None when nothing was trained.
+        training: The rows that it was trained on; None when nothing was trained.
         calibration: The rows on which heads were chosen.
         shape: Sequences and tokens of the forward pass whose FLOPs and time were taken.
         command: Command line that did it.
@@ -183,8 +183,8 @@ class RunRecord(_Checked):
     seeds: tuple[int, ...]
     task: str | None = None
     reported: str | None = None
-    train_rows: int | None = None
-    calibration: Calibration | None = None
+    training: Rows | None = None
+    calibration: Rows | None = None
     shape: tuple[int, int] = BENCHMARK_SHAPE
     command: str = field(default_factory=command_line)
     environment: dict[str, str] = field(default_factory=environment)
@@ -265,8 +265,8 @@ class RunRecord(_Checked):
             values |= {
                 "kept": KeepPlan(**values["kept"]),
                 "measured": tuple(_measured(entry) for entry in values["measured"]),
-                "calibration": values["calibration"] and Calibration(**values["calibration"]),
             }
+            values |= {name: values[name] and Rows(**values[name]) for name in ("training", "calibration")}
             values |= {name: tuple(values[name]) for name in ("expert_layers", "seeds", "shape")}
             return cls(**values)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
-from shrp_hf.record import Calibration, RunRecord, source_name
+from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import prune_heads, to_shrp
@@ -133,8 +133,8 @@ class Workflow:
             base_model=source_name(self.model_name),
             options=asdict(self.options),
             seeds=(self.options.seed,),
-            train_rows=len(self.task.train),
-            calibration=Calibration(len(self.task.validation), "rows held out of the training set"),
+            training=Rows(len(self.task.train), f"training rows of {self.task.name}"),
+            calibration=Rows(len(self.task.validation), "rows held out of the training set"),
         )
         write_card(self.output / "static", record)
         plot_usage(routed.usage(), self.output / "usage.png", record.kept)

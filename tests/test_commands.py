@@ -13,7 +13,7 @@ from shrp_hf import ShrpBertForSequenceClassification, cli
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions
 from shrp_hf.recipes import Recipe
-from shrp_hf.record import Calibration, RunRecord
+from shrp_hf.record import Rows, RunRecord
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.tasks import load_task
 from shrp_hf.workflow import Workflow, WorkflowOptions
@@ -78,7 +78,7 @@ def test_train_ends_with_three_models_and_a_report_and_takes_up_what_is_there(pl
     record = RunRecord.from_json(tmp_path / "static" / "shrp_record.json")
     assert [r.metric_value for r in card.data.eval_results] == [record.model.scores[0].value]
     assert f"accuracy {record.model.scores[0].value:.4f}" in text
-    assert (record.method, record.calibration.rows, record.model.name) == ("shrp", len(task.validation), "static")
+    assert (record.method, record.calibration.count, record.model.name) == ("shrp", len(task.validation), "static")
 
     written = {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in models}
     (tmp_path / "static" / "config.json").unlink()  # as if killed before the last step was whole
@@ -105,8 +105,8 @@ def test_prune_writes_a_smaller_model_by_every_selector(selector, plain, data_di
     assert model.config.kept_heads == [list(heads) for heads in plan.kept]
     assert (tmp_path / "heads.png").exists()
     record = RunRecord.from_json(tmp_path / "shrp_record.json")
-    assert (record.method, record.kept, record.train_rows) == (selector, plan, None)
-    assert record.calibration == (None if selector in ("magnitude", "random") else Calibration(32, "training rows"))
+    assert (record.method, record.kept, record.training) == (selector, plan, None)
+    assert record.calibration == (None if selector in ("magnitude", "random") else Rows(32, "training rows of sst2"))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results[0].metric_value == record.model.scores[0].value
     assert "6 of 12 heads stay" in (tmp_path / "report.md").read_text(encoding="utf-8")
 

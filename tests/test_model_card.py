@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from shrp_hf import KeepPlan, cli
 from shrp_hf.benchmark import ModelReport, Timing, accuracy_interval, count_flops, count_parameters
 from shrp_hf.model_card import CITATIONS, METHODS, write_card
-from shrp_hf.record import RECORD_NAME, Calibration, Measured, RunRecord, Score, kept_heads, source_name
+from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, kept_heads, source_name
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads
 from tests.tiny import tiny_bert, tiny_routed
 
 KEPT = ((0, 1, 2, 3), (2,), (0, 3))
 ENVIRONMENT = {"machine": "2 x Some CPU", "torch": "2.13.0", "date": "2026-11-25"}
-OPTIONAL = {"task", "reported", "train_rows", "calibration"}
+OPTIONAL = {"task", "reported", "training", "calibration"}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def made(tmp_path_factory):
         seeds=(3,),
         task="sst2",
         reported="directory SST-2, test",
-        train_rows=64,
-        calibration=Calibration(16, "rows held out"),
+        training=Rows(64, "training rows"),
+        calibration=Rows(16, "rows held out"),
         shape=(1, 8),
         command="shrp-hf train x --dataset sst2",
         environment=ENVIRONMENT,
@@ -111,6 +111,7 @@ def test_card_says_what_the_record_says(folder, record):
         "2 x Some CPU, device cpu, 2 CPU threads, 2 rounds",
         "| 1 | expert layer | 1 of 4 | 2 |",
         "| 0 | ordinary | 4 of 4 | all |",
+        "Trained on: 64 training rows",
         "Heads chosen on (calibration): 16 rows held out",
         "shrp-hf train x --dataset sst2",
         '`{"keep": 1}`',
@@ -240,7 +241,7 @@ def test_damaged_record_is_refused_by_name(damage, record):
         "list": "[]",
         "missing": json.dumps({key: value for key, value in values.items() if key != "kept"}),
         "surplus": json.dumps(values | {"claim": "best"}),
-        "nested": json.dumps(values | {"calibration": {"rows": "many", "source": "x"}}),
+        "nested": json.dumps(values | {"calibration": {"count": "many", "source": "x"}}),
     }
     with pytest.raises(ValueError, match=r"^Not a run record: "):
         RunRecord.from_json(texts[damage])
