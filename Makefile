@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-load test-floor test-newest audit docs benchmark clean
+.PHONY: demo test test-slow test-faults test-load test-floor test-newest audit docs benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -20,6 +20,9 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
+
+test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
+	$(BIN)/pytest -q -n $(PYTEST_WORKERS) -m faults
 
 test-load: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m load
