@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
 
 test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
-	$(BIN)/pytest -q -n $(PYTEST_WORKERS) -m faults
+	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) -m "not slow and not load" tests/faults tests/test_compare.py
 
 test-load: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m load
