@@ -1,6 +1,7 @@
 """Pictures of usage, plans, quality curves and clusters; every function writes one file and returns its path."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -419,7 +420,8 @@ def _finish_lines(axes: "Axes") -> None:
 def _write(figure: "Figure", path: str | Path) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    # Several processes may draw one picture: runs of a comparison that end at the same time.
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         figure.savefig(partial, dpi=160)
         partial.replace(target)

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -87,6 +88,25 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
         plot_usage({0: [1, 1]}, target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["usage.png"]
+
+
+def test_two_processes_may_draw_one_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    def interrupted(figure, *args, **kwargs):
+        savefig(figure, *args, **kwargs)
+        monkeypatch.undo()
+        child = os.fork()  # draws the same picture from start to end before this process has moved its own
+        if not child:
+            plot_usage(USAGE, tmp_path / "x.png")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    plot_usage(USAGE, tmp_path / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
 @pytest.mark.parametrize(
