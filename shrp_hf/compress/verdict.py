@@ -17,7 +17,7 @@ from shrp_hf.compress.search import Targets, Trial
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
-from shrp_hf.record import Calibration, RunRecord, Score, source_name
+from shrp_hf.record import Rows, RunRecord, Score, source_name
 from shrp_hf.report import compare_models, measure_models, write_text
 from shrp_hf.tasks.task import Task
 
@@ -115,8 +115,8 @@ def write_verdict(
         base_model=source_name(verdict.model_name),
         options=asdict(verdict.options),
         seeds=(verdict.options.seed,),
-        train_rows=len(task.train),
-        calibration=Calibration(len(task.validation), "rows held out of the training set"),
+        training=Rows(len(task.train), f"training rows of {task.name}"),
+        calibration=Rows(len(task.validation), "rows held out of the training set"),
         shape=verdict.options.shape,
     )
     write_card(output / "model", record)

@@ -51,7 +51,7 @@ class Router(nn.Module):
             if token_mask is None:
                 return hidden_states[:, 0]
             first = token_mask.to(torch.int32).argmax(dim=1)  # not position 0: the padding may be on the left
-            return hidden_states[torch.arange(len(first), device=first.device), first]
+            return hidden_states[torch.arange(first.shape[0], device=first.device), first]
         if token_mask is None:
             return hidden_states.mean(dim=1)
         weights = token_mask.to(hidden_states.dtype)
