@@ -22,7 +22,8 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-"""Auto class -> pipeline; multiple choice has none."""
+"""Auto class -> the Hub's name of what it does; multiple choice is "multiple-choice"."""
+WITHOUT_PIPELINE = {"AutoModelForMultipleChoice", "AutoModelForQuestionAnswering"}  # Transformers removed the latter's
 
 _HEADS_SCORED = "Whole attention heads were cut out, in one shot, by a score of each head: "
 METHODS = {
@@ -162,7 +163,7 @@ def _loading(record: RunRecord, embeds: bool, has_code: bool) -> str:
         if embeds:
             imports += "from sentence_transformers import SentenceTransformer\n"
             call = f'SentenceTransformer("PATH_OR_REPO"{trust})'
-        elif record.auto_class in PIPELINES:
+        elif record.auto_class not in WITHOUT_PIPELINE:
             imports += "from transformers import pipeline\n"
             call = f'pipeline("{PIPELINES[record.auto_class]}", model="PATH_OR_REPO"{trust})'
         else:

@@ -66,7 +66,7 @@ def check_command(words: list[str]) -> None:
         assert set(filter(lambda word: "=" not in word, rest)) <= set(targets), f"no such target: {words}"
     elif program == "python":
         _check_python(rest)
-    elif (program, rest[0]) == ("accelerate", "launch"):
+    elif program == "torchrun" or (program, rest[0]) == ("accelerate", "launch"):
         script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
         _check_python(rest[script:])
     elif (program, rest[0]) == ("pip", "install"):

@@ -162,7 +162,11 @@ def test_card_of_an_encoder_for_embeddings(folder, record):
 
 @pytest.mark.parametrize(
     ("auto_class", "call"),
-    [("AutoModelForMultipleChoice", "AutoModelForMultipleChoice.from_pretrained("), ("AutoModelForMaskedLM", '"fill-mask"')],
+    [
+        ("AutoModelForMultipleChoice", "AutoModelForMultipleChoice.from_pretrained("),
+        ("AutoModelForQuestionAnswering", "AutoModelForQuestionAnswering.from_pretrained("),
+        ("AutoModelForMaskedLM", '"fill-mask"'),
+    ],
 )
 def test_without_code_only_shrp_hf_opens_it(auto_class, call, folder, record, tmp_path):
     prune_heads(tiny_routed(2), KeepPlan(KEPT, 4)).save_pretrained(tmp_path)

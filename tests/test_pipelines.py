@@ -34,8 +34,8 @@ CASES = [pytest.param(task, family, id=f"{task}-{family}") for task in TASKS for
     pytest.param(task, "vit", id=f"{task}-vit") for task in IMAGE_TASKS
 ]
 
-WITHOUT_SHRP_HF = """
-import json, sys
+NOT_INSTALLED = """
+import sys
 
 class NotInstalled:
     def find_spec(self, name, *args):
@@ -43,6 +43,9 @@ class NotInstalled:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotInstalled())  # wherever the project lies
+"""
+WITHOUT_SHRP_HF = """
+import json
 from transformers import pipeline
 found = {}
 for folder, task, inputs, options in json.load(open("cases.json")):
@@ -142,7 +145,7 @@ def test_a_process_without_shrp_hf_runs_them(tmp_path):
         image.save(tmp_path / name)
     (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_SHRP_HF]
+    command = [sys.executable, "-c", NOT_INSTALLED + WITHOUT_SHRP_HF]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
