@@ -401,10 +401,10 @@ def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
             raise ValueError(f"`expert_layers` must be between 1 and {total} layers, got {layers}.")
         layers = range(total - layers, total)
     is_listed = isinstance(layers, Iterable) and not isinstance(layers, Mapping | str)
-    layers = list(layers) if is_listed else layers
-    if not is_listed or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+    indices = list(layers) if is_listed else []
+    if not is_listed or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise ValueError(f"`expert_layers` must be a number of layers or a list of their indices, got {layers!r}.")
-    for i in layers:
+    for i in indices:
         if not 0 <= i < total:
             raise ValueError(f"`expert_layers` names layer {i}, but the model's layers are 0 to {total - 1}.")
     if not layers or len(set(layers)) != len(layers):
