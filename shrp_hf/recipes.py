@@ -32,7 +32,7 @@ class Recipe:
         expander_learning_rate: Of routers and expanders, which begin without training; None: as the others.
         balance_coef: Weight of the balance loss in stage "balance".
         experts_per_sequence: Top-k of the routers.
-        distillation_logits: Weight of the teacher's logits; 0: the teacher does not teach.
+        distillation_logits: Weight of the teacher's logits. With this and the next two at 0 nobody teaches.
         distillation_hidden_states: Weight of the teacher's hidden states.
         distillation_value_relations: Weight of the teacher's value relations.
     """
@@ -70,7 +70,8 @@ RECIPES: Mapping[str, Recipe] = {
     "paper": Recipe("paper"),
 }
 """By name. "paper" is SHRP as published (arXiv 2512.20635): cross-entropy alone, nothing after pruning; its epochs and
-learning rate are not published in what we could read, so they are a reconstruction."""
+learning rate are not published in what we could read, so they are a reconstruction. "default" was set from single runs and
+has not been measured against it yet (docs/results.md)."""
 
 
 def find_recipe(name: str, **changes: Any) -> Recipe:
@@ -95,7 +96,7 @@ class Setup:
         seed: Seed of everything that is drawn.
         batch_size: Sequences per step.
         examples_per_epoch: Examples that count as an epoch, drawn without replacement from the whole training set; None:
-            all of it.
+            all of it. A conversion sees 5% fewer, which `ShrpTrainer` sets aside.
         bf16: Train in bfloat16 autocast.
         resumable: Save a checkpoint an epoch, and take the last one up.
     """
@@ -203,6 +204,9 @@ def convert(
 
     Returns:
         The routed model.
+
+    Raises:
+        ValueError: See `ShrpTrainer`; for example a layer is out of range.
     """
     args = setup.arguments(
         name,
@@ -215,7 +219,8 @@ def convert(
         expander_learning_rate=recipe.expander_learning_rate,
         **_distillation(recipe),
     )
-    trainer = _trainer(copy.deepcopy(dense).train(), args, setup, dense if recipe.distils else None)
+    student = copy.deepcopy(dense).requires_grad_(True).train()  # a dense model that taught before comes frozen
+    trainer = _trainer(student, args, setup, dense if recipe.distils else None)
     model = setup.train(trainer)
     trainer.count_usage(setup.data["validation"])
     return model

@@ -17,7 +17,7 @@ DatasetOption = Annotated[
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory with the task's files, read instead of the Hub.")]
 OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
 RecipeOption = Annotated[
-    str, typer.Option(help="default (distils; what won in docs/results.md) or paper (SHRP as published).")
+    str, typer.Option(help="default (the dense model teaches, and recovery after pruning) or paper (SHRP as published).")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
