@@ -44,6 +44,7 @@ docs: $(VENV)/.installed-docs
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.foundation --threads 2
 	$(BIN)/python -m benchmarks.posthoc --threads 2
+	$(BIN)/python -m benchmarks.serving --threads 2
 
 clean:
 	rm -rf $(VENV) .venv-floor .venv-newest out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

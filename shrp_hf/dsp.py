@@ -204,9 +204,7 @@ class DspCallback(TrainerCallback, ExportableState):
 
     # --- training ---
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Finds the heads, starts or restores w, and hooks the masks in.
 
         Raises:
@@ -238,9 +236,7 @@ class DspCallback(TrainerCallback, ExportableState):
                 hook = partial(self._mask_heads, layer, torch.tensor(heads, device=model.device))
                 self._handles.append(self._layout.output(layer).register_forward_pre_hook(hook))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws the soft mask of this optimizer step."""
         noise = -torch.empty_like(self._importances).exponential_(generator=self._generator(state.global_step)).log()
         scores = (self._importances + noise).masked_fill(self._closed, -torch.inf)
@@ -275,9 +271,7 @@ class DspCallback(TrainerCallback, ExportableState):
                 parameter.grad = None  # an optimizer passes by what has no gradient
         self._sample = self._soft_mask = self._hard_mask = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Chooses the heads and leaves the model without hooks."""
         self._plan = self._choose()
         self.release()
@@ -339,8 +333,7 @@ class DspCallback(TrainerCallback, ExportableState):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
                 raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` splits the projections whose heads DspCallback masks: train "
-                    "under DDP."
+                    f"`{name}={getattr(args, name)!r}` splits the projections whose heads DspCallback masks: train under DDP."
                 )
         if args.n_gpu > 1:
             raise ValueError(

@@ -179,9 +179,7 @@ def prune_posthoc(
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))
 
 
-def _report(
-    output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str
-) -> Path:
+def _report(output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str) -> Path:
     plot_head_map(selector.scores, plan, output / "heads.png")
     pictures = "![heads](heads.png)\n"
     if isinstance(selector, CahpSelector):

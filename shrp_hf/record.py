@@ -288,9 +288,7 @@ def source_name(model_name: str) -> str:
 
 
 def _measured(entry: dict[str, Any]) -> Measured:
-    scores = [
-        Score(**{**score, "interval": score["interval"] and tuple(score["interval"])}) for score in entry["scores"]
-    ]
+    scores = [Score(**{**score, "interval": score["interval"] and tuple(score["interval"])}) for score in entry["scores"]]
     speed = entry["speed"] and Speed(**entry["speed"])
     parameters = ParameterCount(**entry["parameters"])
     return Measured(**{**entry, "parameters": parameters, "scores": tuple(scores), "speed": speed})

@@ -160,9 +160,7 @@ class ShrpTrainer(FiniteTrainer):
         if balance_type == "constant" and warmup:
             balance_type = "constant_with_warmup"
         balance = _rate(balance_type, warmup, schedule.balance_steps, None)
-        specialise = _rate(
-            args.lr_scheduler_type, 0, num_training_steps - schedule.balance_steps, args.lr_scheduler_kwargs
-        )
+        specialise = _rate(args.lr_scheduler_type, 0, num_training_steps - schedule.balance_steps, args.lr_scheduler_kwargs)
         ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
 
         def factor(step: int) -> float:
@@ -259,9 +257,7 @@ class ShrpTrainer(FiniteTrainer):
 
     # --- logging ---
 
-    def _record(
-        self, task: torch.Tensor, balance: torch.Tensor | None, router_logits: Sequence[torch.Tensor] | None
-    ) -> None:
+    def _record(self, task: torch.Tensor, balance: torch.Tensor | None, router_logits: Sequence[torch.Tensor] | None) -> None:
         if balance is None:
             return
         self._window.append(torch.stack([task.detach().float(), balance.detach().float()]))

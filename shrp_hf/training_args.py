@@ -65,9 +65,7 @@ class ShrpTrainingArguments(TrainingArguments):
     )
     num_expert_layers: int | None = field(default=None, metadata={"help": "Convert the last n layers."})
     expert_layers: list[int] | None = field(default=None, metadata={"help": "Convert these layers."})
-    conversion_order: str = field(
-        default="last_first", metadata={"help": "Order of conversion.", "choices": list(_ORDERS)}
-    )
+    conversion_order: str = field(default="last_first", metadata={"help": "Order of conversion.", "choices": list(_ORDERS)})
     balance_epochs_per_layer: float = field(default=1.0, metadata={"help": "Epochs of balance for each layer."})
     specialise_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage specialise."})
     balance_steps_per_layer: int | None = field(default=None, metadata={"help": "Steps of balance for each layer."})
@@ -75,9 +73,7 @@ class ShrpTrainingArguments(TrainingArguments):
     balance_coef: float = field(default=0.1, metadata={"help": "Weight of the balance loss in stage balance."})
     balance_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of stage balance."})
     balance_lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of stage balance."})
-    expander_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of routers and expanders."}
-    )
+    expander_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of routers and expanders."})
     experts_per_sequence: int = field(default=1, metadata={"help": "Top-k of new routers."})
     router_pooling: str = field(default="mean", metadata={"help": "What routers look at.", "choices": ["mean", "cls"]})
     usage_holdout: float = field(default=0.05, metadata={"help": "Share of the training set kept to count usage on."})
@@ -109,9 +105,7 @@ class ShrpTrainingArguments(TrainingArguments):
             ValueError: A layer is out of range.
         """
         if self.num_expert_layers is not None and self.num_expert_layers > num_layers:
-            raise ValueError(
-                f"`num_expert_layers` must be between 1 and {num_layers} layers, got {self.num_expert_layers}."
-            )
+            raise ValueError(f"`num_expert_layers` must be between 1 and {num_layers} layers, got {self.num_expert_layers}.")
         layers = self.expert_layers or range(num_layers - (self.num_expert_layers or 0), num_layers)
         for layer in layers:
             if not 0 <= layer < num_layers:

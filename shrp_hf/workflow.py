@@ -119,9 +119,7 @@ class Workflow:
 
     def report(self, models: dict[str, PreTrainedModel]) -> Path:
         """Measures the models side by side and writes `report.md` and `usage.png`; returns the report's path."""
-        scores = {
-            name: evaluate_on(model, self.data["test"], self.task, self.tokenizer) for name, model in models.items()
-        }
+        scores = {name: evaluate_on(model, self.data["test"], self.task, self.tokenizer) for name, model in models.items()}
         rows = measure_models(models, scores, self.task)
         routed, static = models["routed"], models["static"]
         record = RunRecord.of(

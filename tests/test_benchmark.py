@@ -20,7 +20,6 @@ from transformers import (
     ViTModel,
 )
 
-from shrp_hf import benchmark
 from shrp_hf.benchmark import (
     ModelReport,
     ParameterCount,
@@ -35,6 +34,7 @@ from shrp_hf.benchmark import (
     report_table,
     training_step,
 )
+from shrp_hf.benchmark import timing as timing_module
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification, ShrpBertModel
 
@@ -72,7 +72,7 @@ def assert_same_state(model, before):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, "MIN_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(timing_module, "MIN_ROUND_SECONDS", 0.0)
 
 
 # --- parameters ---

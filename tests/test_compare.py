@@ -190,7 +190,7 @@ def groups(output):
 
 
 def test_speed_is_measured_once_for_all_shapes(compared, monkeypatch):
-    monkeypatch.setattr("shrp_hf.benchmark.MIN_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("shrp_hf.benchmark.timing.MIN_ROUND_SECONDS", 0.0)
     (compared / "speed.json").unlink(missing_ok=True)
     cells = read_cells(compared)
     with claim(compared / "claims" / "speed.lock"):

@@ -186,7 +186,7 @@ def test_field_that_is_nearly_ours_is_refused(typed, meant):
             "`experts_per_sequence` must be between 1 and 5, got 6.",
             id="top 6",
         ),
-        pytest.param({"router_pooling": "max"}, "`router_pooling` must be \"mean\" or \"cls\", got 'max'.", id="pooling"),
+        pytest.param({"router_pooling": "max"}, '`router_pooling` must be "mean" or "cls", got \'max\'.', id="pooling"),
         pytest.param({"router_aux_loss_coef": -1}, "`router_aux_loss_coef` must be 0 or more, got -1.", id="coefficient"),
         pytest.param(
             {"router_aux_loss_coef": float("nan")}, "`router_aux_loss_coef` must be 0 or more, got nan.", id="coefficient nan"

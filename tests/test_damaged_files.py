@@ -146,9 +146,7 @@ def test_decoder_is_refused_on_loading(option, tmp_path):
             id="pruned",
         ),
         pytest.param(dense, 4, "`expert_layers` must be between 1 and 3 layers, got 4.", id="too many"),
-        pytest.param(
-            dense, [3], "`expert_layers` names layer 3, but the model's layers are 0 to 2.", id="not there"
-        ),
+        pytest.param(dense, [3], "`expert_layers` names layer 3, but the model's layers are 0 to 2.", id="not there"),
         pytest.param(
             routed, 1, "`expert_layers` names [2], which are expert layers already: leave them out.", id="converted before"
         ),

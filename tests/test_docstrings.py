@@ -13,8 +13,7 @@ def write_package(root, name, num_files=12, per_file=4):
         folder = root / name / ("core" if index % 2 else "")
         folder.mkdir(parents=True, exist_ok=True)
         functions = [
-            f'def f{row}():\n    """{name} file {index} text number {row} of the package."""'
-            for row in range(per_file)
+            f'def f{row}():\n    """{name} file {index} text number {row} of the package."""' for row in range(per_file)
         ]
         (folder / f"module_{index}.py").write_text("\n\n".join(functions))
     (root / name / "__init__.py").write_text('raise RuntimeError("was imported")')

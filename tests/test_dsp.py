@@ -312,9 +312,7 @@ def test_expert_layers_and_cut_heads_are_no_choice(tmp_path):
 def test_another_family(tmp_path):
     sizes = {"vocab_size": 99, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 20}
     dsp = DspCallback(2)
-    trained(
-        tmp_path, dsp, DistilBertForSequenceClassification(DistilBertConfig(**sizes)), data=examples(16), max_steps=2
-    )
+    trained(tmp_path, dsp, DistilBertForSequenceClassification(DistilBertConfig(**sizes)), data=examples(16), max_steps=2)
     assert [len(heads) for heads in dsp.plan.kept] == [1, 1]
 
 

@@ -24,7 +24,7 @@ ROWS = (
     ("plots", "report"),
     ("record", "runs"),
     ("model_card",),
-    ("workflow", "posthoc", "compare", "compress"),
+    ("workflow", "posthoc", "compare", "compress", "serving"),
     ("cli", "__init__"),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -155,9 +155,7 @@ def test_plain_checkpoint_equals_bert(rewrite, tmp_path):
 def test_plain_checkpoint_is_converted_on_loading(given, expected, tmp_path):
     stock = tiny_bert()
     stock.save_pretrained(tmp_path)
-    model, info = ShrpBertForSequenceClassification.from_pretrained(
-        tmp_path, expert_layers=given, output_loading_info=True
-    )
+    model, info = ShrpBertForSequenceClassification.from_pretrained(tmp_path, expert_layers=given, output_loading_info=True)
     assert (model.config.expert_layers, model.config.routed) == (expected, True)
     assert not info["missing_keys"]
     assert not model.training

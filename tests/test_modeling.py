@@ -175,9 +175,7 @@ def test_parameters_of_bert_base(converted, expected):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("experts", [(2,), (3, 0), (1, 2, 3)], ids=str)
 def test_routed_with_forced_experts_is_static_with_them_kept(experts, attention, padding):
-    model = tiny_routed(
-        2, experts_per_sequence=len(experts), dtype=torch.float64, attn_implementation=attention
-    )
+    model = tiny_routed(2, experts_per_sequence=len(experts), dtype=torch.float64, attn_implementation=attention)
     for layer in (1, 2):
         force_experts_(model, layer, experts)
     routed = logits_of(model, padding)

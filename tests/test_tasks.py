@@ -153,8 +153,7 @@ def test_phrase_cut_holds_out_whole_sentences_and_drops_their_pieces():
     kept = [" ".join(rows[row].split()) for row in train]
     assert not any(text in " ".join(rows[row].split()) for text in kept for row in held_out)
     assert len(train) == len(rows) - sum(
-        any(row == out or set(rows[row].split()) < set(rows[out].split()) for out in held_out)
-        for row in range(len(rows))
+        any(row == out or set(rows[row].split()) < set(rows[out].split()) for out in held_out) for row in range(len(rows))
     )
 
 

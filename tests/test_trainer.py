@@ -287,9 +287,7 @@ def test_predictions_hold_logits_alone(tmp_path):
         pytest.param({}, [1e-3] * 4 + [1e-3, 5e-4], id="constant, then linear"),
         pytest.param({"lr_scheduler_type": "constant"}, [1e-3] * 6, id="constant throughout"),
         pytest.param({"balance_learning_rate": 4e-3}, [4e-3] * 4 + [1e-3, 5e-4], id="a rate for each stage"),
-        pytest.param(
-            {"balance_lr_scheduler_type": "linear"}, [1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-3, 5e-4], id="linear in both"
-        ),
+        pytest.param({"balance_lr_scheduler_type": "linear"}, [1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-3, 5e-4], id="linear in both"),
         pytest.param({"warmup_steps": 2}, [0, 5e-4, 1e-3, 1e-3, 1e-3, 5e-4], id="warm-up"),
     ],
 )
@@ -323,8 +321,7 @@ def test_schedule_that_cannot_be_laid_over_a_stage_is_refused(tmp_path):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "num_expert_layers": 1}
     trainer = trainer_for(tmp_path, extra={"eval_dataset": DATA[:8]}, **options)
     message = (
-        "The learning-rate schedule `reduce_lr_on_plateau` cannot be laid over a stage: choose one such as linear or "
-        "cosine."
+        "The learning-rate schedule `reduce_lr_on_plateau` cannot be laid over a stage: choose one such as linear or cosine."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         trainer.train()

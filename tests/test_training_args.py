@@ -60,9 +60,7 @@ def test_survives_json():
     ("options", "expected"),
     [
         pytest.param({}, StageSchedule(((0, 2), (10, 1)), 20, 30), id="an epoch each"),
-        pytest.param(
-            {"conversion_order": "first_first"}, StageSchedule(((0, 1), (10, 2)), 20, 30), id="first layer first"
-        ),
+        pytest.param({"conversion_order": "first_first"}, StageSchedule(((0, 1), (10, 2)), 20, 30), id="first layer first"),
         pytest.param(
             {"balance_epochs_per_layer": 0.5, "specialise_epochs": 0.25},
             StageSchedule(((0, 2), (5, 1)), 10, 12),
@@ -114,7 +112,7 @@ TWO_LAYERS = {"num_expert_layers": 2}
         ),
         pytest.param(
             TWO_LAYERS | {"conversion_order": "random"},
-            "`conversion_order` must be \"last_first\" or \"first_first\", got 'random'.",
+            '`conversion_order` must be "last_first" or "first_first", got \'random\'.',
             id="order",
         ),
         pytest.param(

@@ -117,9 +117,7 @@ def test_plan_keeps_what_is_used_most(options, kept):
         pytest.param(COUNTS, {"keep": 5}, "`keep` must be between 1 and 4 experts, got 5.", id="too many"),
         pytest.param(COUNTS, {"keep": 0.5}, "`keep` must be between 1 and 4 experts, got 0.5.", id="a share"),
         pytest.param(COUNTS, {"keep": True}, "`keep` must be between 1 and 4 experts, got True.", id="a bool"),
-        pytest.param(
-            COUNTS, {"scope": "global"}, "`scope` must be \"layer\" or \"model\", got 'global'.", id="unknown scope"
-        ),
+        pytest.param(COUNTS, {"scope": "global"}, '`scope` must be "layer" or "model", got \'global\'.', id="unknown scope"),
         pytest.param(
             {1: [1, 2, 3, 4], 2: [0, 0, 0, 0]},
             {},

@@ -1,6 +1,7 @@
 """The command `shrp-hf`: a module a command, each registered by being imported."""
 
 from shrp_hf.cli.app import app, main
+from shrp_hf.cli.benchmark import benchmark
 from shrp_hf.cli.card import card
 from shrp_hf.cli.compare import compare
 from shrp_hf.cli.compress import compress
@@ -11,6 +12,7 @@ from shrp_hf.cli.train import demo, train
 
 __all__ = [
     "app",
+    "benchmark",
     "card",
     "compare",
     "compress",

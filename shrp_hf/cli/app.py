@@ -1,8 +1,9 @@
 """The command line's application, and what its commands share."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,24 @@ RecipeOption = Annotated[
     str, typer.Option(help="default (the dense model teaches, and recovery after pruning) or paper (SHRP as published).")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def list_option(parse: Callable[[str], Any], help: str, meaning: str = "") -> Any:
+    """An option whose value is a list separated by commas.
+
+    Args:
+        parse: Turns an item into its value, with a ValueError for what it is not.
+        help: Help of the option.
+        meaning: What the items are, for the error; for numbers it goes without saying.
+    """
+
+    def parse_all(text: str) -> list[Any]:
+        try:
+            return [parse(word.strip()) for word in text.split(",") if word.strip()]
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no list of {meaning or 'numbers'} separated by commas") from error
+
+    return typer.Option(parser=parse_all, help=help, metavar="LIST")
 
 
 @app.callback()

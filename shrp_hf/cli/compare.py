@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,25 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, app
+from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, app, list_option
 
 if TYPE_CHECKING:
     from shrp_hf.compare import Comparison
-
-
-def _list_of(kind: type) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [kind(word.strip()) for word in text.split(",") if word.strip()]
-        except ValueError as error:
-            raise typer.BadParameter(f"{text!r} is no list of numbers separated by commas") from error
-
-    parse.__name__ = {str: "names", int: "numbers", float: "numbers"}[kind]  # what --help calls it
-    return parse
-
-
-def _option(kind: type, text: str) -> Any:
-    return typer.Option(parser=_list_of(kind), help=text, metavar="LIST")
 
 
 _ALPHA = 'HIES: weight of importance, or "search" (on held-out rows).'
@@ -48,18 +33,18 @@ def compare(
     dataset: DatasetOption,
     output: OutputOption,
     data_dir: DataDirOption = None,
-    selectors: Annotated[Any, _option(str, "hies, his, entropy, cahp, magnitude, random, dsp, dsp-pipelined.")] = "",
-    keep: Annotated[Any, _option(float, "Shares of the heads that stay.")] = "",
-    heads: Annotated[Any, _option(int, "Numbers of heads that stay.")] = "",
-    knee_degrees: Annotated[Any, _option(int, "Degrees of CAHP's knee; the others keep as many heads as CAHP.")] = "",
-    expert_layers: Annotated[Any, _option(int, "SHRP: numbers of layers to convert.")] = "",
-    experts: Annotated[Any, _option(int, "SHRP: experts that stay in each converted layer.")] = "1",
-    truncate: Annotated[Any, _option(int, "First-k-layers truncation: values of k.")] = "",
-    seeds: Annotated[Any, _option(int, "Seeds.")] = "0,1,2",
-    recipes: Annotated[Any, _option(str, "default, paper: how conversions and recoveries train.")] = "default",
-    recovery_epochs: Annotated[Any, _option(float, "Epochs of recovery after the cut; default: the recipe's.")] = "",
-    experts_per_sequence: Annotated[Any, _option(int, "SHRP: Top-k of the routers; default: the recipe's.")] = "",
-    balance_coef: Annotated[Any, _option(float, "SHRP: weights of the balance loss; default: the recipe's.")] = "",
+    selectors: Annotated[Any, list_option(str, "hies, his, entropy, cahp, magnitude, random, dsp, dsp-pipelined.")] = "",
+    keep: Annotated[Any, list_option(float, "Shares of the heads that stay.")] = "",
+    heads: Annotated[Any, list_option(int, "Numbers of heads that stay.")] = "",
+    knee_degrees: Annotated[Any, list_option(int, "Degrees of CAHP's knee; the others keep as many heads as CAHP.")] = "",
+    expert_layers: Annotated[Any, list_option(int, "SHRP: numbers of layers to convert.")] = "",
+    experts: Annotated[Any, list_option(int, "SHRP: experts that stay in each converted layer.")] = "1",
+    truncate: Annotated[Any, list_option(int, "First-k-layers truncation: values of k.")] = "",
+    seeds: Annotated[Any, list_option(int, "Seeds.")] = "0,1,2",
+    recipes: Annotated[Any, list_option(str, "default, paper: how conversions and recoveries train.")] = "default",
+    recovery_epochs: Annotated[Any, list_option(float, "Epochs of recovery after the cut; default: the recipe's.")] = "",
+    experts_per_sequence: Annotated[Any, list_option(int, "SHRP: Top-k of the routers; default: the recipe's.")] = "",
+    balance_coef: Annotated[Any, list_option(float, "SHRP: weights of the balance loss; default: the recipe's.")] = "",
     without_random: Annotated[bool, typer.Option("--without-random", help="Leave the random control out.")] = False,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tune MODEL, once per seed; 0: it is fine-tuned.")] = 0.0,
     dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 1e-4,

@@ -129,9 +129,7 @@ class ExpertAttention(nn.Module):
         query = self.query(hidden_states, *chosen).view(shape).transpose(1, 2)  # (batch, k, length, head_size)
         key = self.key(hidden_states, *chosen).view(shape).transpose(1, 2)
         value = self.value(hidden_states, *chosen).view(shape).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 

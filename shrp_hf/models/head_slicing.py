@@ -173,9 +173,7 @@ def heads_to_keep(
         return _left_by_removal(plan, present, expert_layers)
     kept = getattr(plan, "kept", None)
     if kept is None:
-        raise ValueError(
-            f"`plan` must be a KeepPlan or a dict {{layer: [heads to remove]}}, got {type(plan).__name__}."
-        )
+        raise ValueError(f"`plan` must be a KeepPlan or a dict {{layer: [heads to remove]}}, got {type(plan).__name__}.")
     if len(kept) != len(present) or getattr(plan, "num_heads", None) != num_heads:
         raise ValueError(
             f"`plan` is for {len(kept)} layers of {getattr(plan, 'num_heads', None)} heads, but this model has "
@@ -190,17 +188,14 @@ def heads_to_keep(
     return [sorted(heads) for heads in kept]
 
 
-def _left_by_removal(
-    removed: Mapping, present: Sequence[Sequence[int]], expert_layers: Sequence[int]
-) -> list[list[int]]:
+def _left_by_removal(removed: Mapping, present: Sequence[Sequence[int]], expert_layers: Sequence[int]) -> list[list[int]]:
     left = [list(heads) for heads in present]
     for layer, heads in removed.items():
         if type(layer) is not int or not 0 <= layer < len(left):
             raise ValueError(f"`plan` names layer {layer!r}, but the model's layers are 0 to {len(left) - 1}.")
         if layer in expert_layers:
             raise ValueError(
-                f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a "
-                "KeepPlan."
+                f"`plan` removes heads of layer {layer}, which is an expert layer: name the experts that stay in a KeepPlan."
             )
         is_listed = isinstance(heads, Iterable) and not isinstance(heads, Mapping | str)
         heads = list(heads) if is_listed else heads

@@ -142,9 +142,7 @@ class ShrpTextModel(ShrpModelMixin):
             raise ValueError(
                 f"A routed model needs an `attention_mask` of shape (batch, length), got {tuple(attention_mask.shape)}."
             )
-        layer_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask
-        )
+        layer_mask = create_bidirectional_mask(config=self.config, inputs_embeds=embeddings, attention_mask=attention_mask)
         kwargs.pop("use_cache", None)
         hidden_states, router_logits = self.encoder(embeddings, layer_mask, attention_mask, **kwargs)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None

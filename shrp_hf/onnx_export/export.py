@@ -129,9 +129,7 @@ def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
 def _check_environment() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MIN_TORCH:
-        raise ImportError(
-            f"torch {torch.__version__} is too old for torch.onnx's dynamo exporter: pip install 'torch>=2.11'"
-        )
+        raise ImportError(f"torch {torch.__version__} is too old for torch.onnx's dynamo exporter: pip install 'torch>=2.11'")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401

@@ -68,9 +68,7 @@ def load_task(
         with _naming(f"{source}, train"):
             spec = replace(spec, label_names=guess_label_names(splits["train"]))
     train = _normalise(splits["train"], spec, f"{source}, train")
-    reported = next(
-        (split for split in ("test", "validation") if split in splits and is_labelled(splits[split])), None
-    )
+    reported = next((split for split in ("test", "validation") if split in splits and is_labelled(splits[split])), None)
     if reported is None:
         raise ValueError(f"{source} must have a labelled test or validation split to report on, got {sorted(splits)}.")
     test = _normalise(splits[reported], spec, f"{source}, {reported}")

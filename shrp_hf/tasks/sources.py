@@ -65,9 +65,7 @@ SPECS = {
     "qnli": TaskSpec(_ENTAILMENT, _ACCURACY, (_GLUE, "qnli")),
     "rte": TaskSpec(_ENTAILMENT, _ACCURACY, (_GLUE, "rte")),
     "wnli": TaskSpec(_ENTAILMENT[::-1], _ACCURACY, (_GLUE, "wnli")),
-    "sst5": TaskSpec(
-        ("very negative", "negative", "neutral", "positive", "very positive"), _ACCURACY, ("SetFit/sst5", None)
-    ),
+    "sst5": TaskSpec(("very negative", "negative", "neutral", "positive", "very positive"), _ACCURACY, ("SetFit/sst5", None)),
 }
 
 TASK_NAMES = (*SPECS, "docstrings")
@@ -216,9 +214,7 @@ def parse_label(label: Any, spec: TaskSpec) -> int | float:
         value = math.nan
     if names:
         if not (value.is_integer() and 0 <= value < len(names)):
-            raise ValueError(
-                f"label {label!r} is out of range: indices go from 0 to {len(names) - 1}, names: {names}."
-            )
+            raise ValueError(f"label {label!r} is out of range: indices go from 0 to {len(names) - 1}, names: {names}.")
         return int(value)
     low, high = spec.label_range
     if not (math.isfinite(value) and low <= value <= high):
@@ -252,7 +248,6 @@ def _read_tsv(path: Path) -> Dataset:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(
-                f"File {str(path)!r}, line {number}: expected {len(header)} tab-separated fields ({header}), got "
-                f"{len(row)}."
+                f"File {str(path)!r}, line {number}: expected {len(header)} tab-separated fields ({header}), got {len(row)}."
             )
     return Dataset.from_dict(dict(zip(header, zip(*rows, strict=True), strict=True)))

@@ -22,7 +22,7 @@ from tests.faults.isolation import in_children
 from tests.test_families import stock
 from tests.tiny import tiny_bert, tiny_routed
 
-SEEDS_EACH = int(os.environ.get('SEEDS', 3))
+SEEDS_EACH = int(os.environ.get("SEEDS", 3))
 CLEAR = (ValueError, OSError, ImportError, RuntimeError, StrictDataclassError)
 CUT = KeepPlan(((0, 3), (), (1,)), 4)
 STATIC = KeepPlan(((1, 2), (2,), (0, 3)), 4)

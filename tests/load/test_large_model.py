@@ -81,9 +81,7 @@ def run(folder: str) -> dict:
 
 
 def test_bert_large_goes_through_within_16_gib(tmp_path, figure):
-    worker = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    worker = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert worker.returncode == 0, worker.stderr
     result = json.loads(worker.stdout.splitlines()[-1])
     for name, (seconds, peak) in result["steps"].items():

@@ -1,7 +1,6 @@
-"""Pictures of usage, plans, quality curves and clusters; every function writes one file and returns its path."""
+"""Pictures of usage, plans and clusters."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,14 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from shrp_hf.plan import KeepPlan
+from shrp_hf.plots.drawing import (
+    INK,
+    KEPT_COLOUR,
+    checked_matrix,
+    finish_lines,
+    new_figure,
+    new_grid,
+    new_panels,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-KEPT_COLOUR = "#d1495b"
-INK = "#3b3b3b"
-_MARKERS = "osD^vPX*<>"
 
 
 def plot_usage(usage: Mapping[int, Sequence[int]], path: str | Path, kept: KeepPlan | None = None) -> Path:
@@ -33,7 +38,7 @@ def plot_usage(usage: Mapping[int, Sequence[int]], path: str | Path, kept: KeepP
         ImportError: matplotlib is not installed.
     """
     layers = sorted(usage)
-    counts = _matrix([list(usage[layer]) for layer in layers], "usage")
+    counts = checked_matrix([list(usage[layer]) for layer in layers], "usage")
     if (counts < 0).any() or (counts.sum(dim=1) == 0).any():
         raise ValueError("`usage` must hold counts of 0 or more, and some in every layer: route a dataset first.")
     if kept is not None and (kept.num_heads != counts.shape[1] or kept.num_layers <= layers[-1]):
@@ -42,13 +47,13 @@ def plot_usage(usage: Mapping[int, Sequence[int]], path: str | Path, kept: KeepP
             f"{layers[-1]} and {counts.shape[1]} experts."
         )
     shares = 100 * counts / counts.sum(dim=1, keepdim=True)
-    figure, axes = _grid_figure(*shares.shape)
+    figure, axes = new_grid(*shares.shape)
     _heat_map(figure, axes, shares, layers, "sequences of the layer (%)", 0)
     if kept is not None:
         _outline(axes, [(row, expert) for row, layer in enumerate(layers) for expert in kept.kept[layer]])
     axes.set_xlabel("expert" if kept is None else "expert (outlined: kept)")
     axes.set_title("Usage of the experts")
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_head_map(scores: Sequence[Sequence[float]] | torch.Tensor, plan: KeepPlan, path: str | Path) -> Path:
@@ -63,127 +68,18 @@ def plot_head_map(scores: Sequence[Sequence[float]] | torch.Tensor, plan: KeepPl
         ValueError: `scores` is no matrix of finite numbers, or has another shape than `plan`.
         ImportError: matplotlib is not installed.
     """
-    scores = _matrix(scores, "scores", blanks=True)
+    scores = checked_matrix(scores, "scores", blanks=True)
     if scores.shape != (plan.num_layers, plan.num_heads):
         raise ValueError(
             f"`scores` must have the plan's shape ({plan.num_layers}, {plan.num_heads}), got {tuple(scores.shape)}."
         )
-    figure, axes = _grid_figure(*scores.shape)
+    figure, axes = new_grid(*scores.shape)
     scaled, unit, decimals = _scaled(scores)
     _heat_map(figure, axes, scaled, range(plan.num_layers), f"score (higher = keep{unit})", decimals)
     _outline(axes, [(layer, head) for layer, heads in enumerate(plan.kept) for head in heads])
     axes.set_xlabel("head (outlined: kept)")
     axes.set_title(f"Scores of the heads: {plan.num_kept} of {plan.num_layers * plan.num_heads} kept")
-    return _write(figure, path)
-
-
-def plot_quality_curve(
-    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    path: str | Path,
-    baseline: float | None = None,
-    quality: str = "accuracy",
-) -> Path:
-    """Draws quality against the number of kept heads, a line per selector.
-
-    Args:
-        points: Selector -> (kept heads, quality, low, high) for each plan; low and high are the ends of the error bar.
-        path: Where to; the suffix chooses the format.
-        baseline: Quality of the unpruned model, drawn as a dashed line.
-        quality: What is measured, for the axis.
-
-    Raises:
-        ValueError: No selector, one without points, or a point that is not four finite numbers with
-            low <= quality <= high.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _figure(7.0, 4.4)
-    tables = _point_tables(points, "kept heads")
-    # A small sideways shift per selector keeps the error bars of one budget apart.
-    step = 0.006 * max(table[:, 0].max().item() for table in tables.values())
-    for i, (name, table) in enumerate(tables.items()):
-        _error_bars(axes, i, name, table, shift=(i - (len(tables) - 1) / 2) * step)
-    if baseline is not None:
-        axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="unpruned")
-    axes.set_xlabel("kept heads")
-    axes.set_ylabel(quality)
-    axes.set_title(f"{quality.capitalize()} against kept heads")
-    _finish_lines(axes)
-    return _write(figure, path)
-
-
-def plot_frontier(
-    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    path: str | Path,
-    baseline: float,
-    quality: str = "accuracy",
-) -> Path:
-    """Draws quality against measured speed-up, a line per method: up and to the right is better.
-
-    Args:
-        points: Method -> (speed-up over the dense model, quality, low, high); low and high are the ends of the error bar.
-        path: Where to; the suffix chooses the format.
-        baseline: Quality of the dense model, drawn as a dashed line; its speed-up is 1.
-        quality: What is measured, for the axis.
-
-    Raises:
-        ValueError: As in `plot_quality_curve`, or a speed-up is not more than 0.
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _figure(7.0, 4.4)
-    tables = _point_tables(points, "speed-up")
-    if any((table[:, 0] <= 0).any() for table in tables.values()):
-        raise ValueError("`points` must hold speed-ups of more than 0.")
-    for i, (name, table) in enumerate(tables.items()):
-        _error_bars(axes, i, name, table)
-    axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
-    fastest = max(table[:, 0].max().item() for table in tables.values())
-    if fastest > 2:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel("measured throughput against the dense model")
-    axes.set_ylabel(quality)
-    axes.set_title(f"{quality.capitalize()} against measured speed-up")
-    _finish_lines(axes)
-    return _write(figure, path)
-
-
-def plot_panels(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
-    path: str | Path,
-    baseline: float,
-    quality: str,
-    x_label: str,
-) -> Path:
-    """Draws quality against a cost for many series, spread over panels that share the x axis, colours and one legend.
-
-    Args:
-        panels: Title -> series -> (x, quality, low, high) for each point; a series named "random", the control, is grey.
-        path: Where to; the suffix chooses the format.
-        baseline: Quality of the dense model, drawn as a dashed line.
-        quality: What is measured, for the axis.
-        x_label: What x is, for the axis.
-
-    Raises:
-        ValueError: As in `plot_quality_curve`, or there is no panel.
-        ImportError: matplotlib is not installed.
-    """
-    if not panels:
-        raise ValueError("`panels` must hold at least one panel, got none.")
-    tables = {title: _point_tables(points, x_label) for title, points in panels.items()}
-    names = list(dict.fromkeys(name for points in tables.values() for name in points))
-    # Each panel has a y axis of its own: what is lost without recovery would flatten all that is left with it.
-    figure, grid = _panel_figure(len(tables), (4.6, 4.0), legend_width=2.4)
-    for axes, (title, points) in zip(grid, tables.items(), strict=True):
-        axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
-        for name, table in points.items():
-            _error_bars(axes, names.index(name), name, table, is_control=name.split(",")[0] == "random")
-        axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
-        _finish_lines(axes)
-        axes.get_legend().remove()
-    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    ordered = ["dense", *names]
-    figure.legend([handles[name] for name in ordered], ordered, loc="outside right center", frameon=False, fontsize=9)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_keep_rates(rates: Mapping[str, Sequence[Sequence[float]] | torch.Tensor], path: str | Path, title: str) -> Path:
@@ -198,11 +94,11 @@ def plot_keep_rates(rates: Mapping[str, Sequence[Sequence[float]] | torch.Tensor
         ValueError: There is no method, or `rates` are no matrices of numbers from 0 to 1.
         ImportError: matplotlib is not installed.
     """
-    tables = {name: _matrix(rate, f"rates[{name!r}]") for name, rate in rates.items()}
+    tables = {name: checked_matrix(rate, f"rates[{name!r}]") for name, rate in rates.items()}
     if not tables or any((table < 0).any() or (table > 1).any() for table in tables.values()):
         raise ValueError(f"`rates` must hold numbers from 0 to 1 for at least one method, got {list(tables) or 'none'}.")
     num_layers, num_heads = next(iter(tables.values())).shape
-    figure, grid = _panel_figure(len(tables), (max(2.2, 0.6 + 0.2 * num_heads), max(1.8, 0.8 + 0.2 * num_layers)))
+    figure, grid = new_panels(len(tables), (max(2.2, 0.6 + 0.2 * num_heads), max(1.8, 0.8 + 0.2 * num_layers)))
     for axes, (name, table) in zip(grid, tables.items(), strict=True):
         image = axes.imshow(100 * table.numpy(), cmap="Blues", vmin=0, vmax=100, aspect="auto")
         axes.set(title=name, xlabel="head", ylabel="layer" if axes is grid[0] else "")
@@ -211,41 +107,7 @@ def plot_keep_rates(rates: Mapping[str, Sequence[Sequence[float]] | torch.Tensor
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=grid, label="seeds that keep it (%)", shrink=0.8)
     figure.suptitle(title)
-    return _write(figure, path)
-
-
-def _panel_figure(count: int, size: tuple[float, float], legend_width: float = 0.0) -> "tuple[Figure, list[Axes]]":
-    columns = min(count, 4 if legend_width == 0 else 3)
-    rows = -(-count // columns)
-    figure, axes = _figure(columns * size[0] + legend_width, rows * size[1] + 0.3)
-    axes.remove()
-    share_y = legend_width == 0
-    grid = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten().tolist()
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, grid[:count]
-
-
-def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) -> dict[str, torch.Tensor]:
-    if not points:
-        raise ValueError("`points` must hold at least one selector, got none.")
-    tables = {name: _matrix([list(point) for point in rows], f"points[{name!r}]", 4) for name, rows in points.items()}
-    for name, table in tables.items():
-        _, value, low, high = table.unbind(dim=1)
-        if (low > value).any() or (high < value).any():
-            raise ValueError(f"`points[{name!r}]` must be ({what}, quality, low, high), low <= quality <= high.")
-    return tables
-
-
-def _error_bars(
-    axes: "Axes", index: int, name: str, table: torch.Tensor, shift: float = 0.0, is_control: bool = False
-) -> None:
-    x, value, low, high = table[table[:, 0].argsort()].unbind(dim=1)
-    errors = torch.stack([value - low, high - value]).numpy()
-    style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "capsize": 2.5, "elinewidth": 1}
-    colour = "#8a8a8a" if is_control else f"C{index % 10}"
-    line = ("-", "--", ":")[index // 10 % 3]
-    axes.errorbar((x + shift).numpy(), value.numpy(), yerr=errors, label=name, color=colour, linestyle=line, **style)
+    return write_figure(figure, path)
 
 
 def plot_clusters(
@@ -268,7 +130,7 @@ def plot_clusters(
         ValueError: `points` is not (heads, 2), `labels` has another length, or an index is out of range.
         ImportError: matplotlib is not installed.
     """
-    plane = _matrix(points, "points", 2)
+    plane = checked_matrix(points, "points", 2)
     if len(labels) != len(plane):
         raise ValueError(f"`labels` must name a cluster for each of {len(plane)} heads, got {len(labels)}.")
     checks = (("medoids", medoids, len(plane)), ("labels", labels, len(medoids)), ("kept", kept, len(plane)))
@@ -276,7 +138,7 @@ def plot_clusters(
         wrong = [int(i) for i in indices if not 0 <= i < count]
         if wrong:
             raise ValueError(f"`{name}` must be indices from 0 to {count - 1}, got {wrong[0]}.")
-    figure, axes = _figure(7.0, 5.6)
+    figure, axes = new_figure(7.0, 5.6)
     colours = _cluster_colours(len(medoids))
     of_head = [colours[int(label)] for label in labels]
     for head, label in enumerate(labels):
@@ -292,7 +154,7 @@ def plot_clusters(
     legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for handle in legend.legend_handles[:2]:
         handle.set_facecolor("#9a9a9a")  # the colour of a cluster would say nothing here
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_knee(ks: Sequence[int], mss: Sequence[float], knee: int | None, path: str | Path) -> Path:
@@ -310,10 +172,10 @@ def plot_knee(ks: Sequence[int], mss: Sequence[float], knee: int | None, path: s
     """
     if len(ks) != len(mss) or not len(ks):
         raise ValueError(f"`ks` and `mss` must have one length, at least 1, got {len(ks)} and {len(mss)}.")
-    curve = _matrix([list(ks), list(mss)], "mss")
+    curve = checked_matrix([list(ks), list(mss)], "mss")
     if knee is not None and knee not in list(ks):
         raise ValueError(f"`knee` must be one of `ks` ({min(ks)} to {max(ks)}) or None, got {knee}.")
-    figure, axes = _figure(6.4, 4.0)
+    figure, axes = new_figure(6.4, 4.0)
     axes.plot(*curve.numpy(), color="C0", linewidth=1.8, marker="." if len(ks) < 40 else None)
     if knee is not None:
         score = curve[1, list(ks).index(knee)].item()
@@ -327,38 +189,8 @@ def plot_knee(ks: Sequence[int], mss: Sequence[float], knee: int | None, path: s
     axes.set_xlabel("clusters k")
     axes.set_ylabel("mean simplified silhouette")
     axes.set_title("Choice of the number of clusters" + ("" if knee is not None else ": no knee"))
-    _finish_lines(axes)
-    return _write(figure, path)
-
-
-def _matrix(
-    values: Sequence[Sequence[float]] | torch.Tensor, name: str, num_columns: int | None = None, blanks: bool = False
-) -> torch.Tensor:
-    wanted = "a matrix of finite numbers" + (f", {num_columns} in each row" if num_columns else "")
-    try:
-        matrix = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be {wanted}: {error}.") from error
-    fits = matrix.dim() == 2 and matrix.numel() and num_columns in (None, matrix.shape[1])
-    known = matrix[~matrix.isnan()] if blanks else matrix
-    finite = bool(known.isfinite().all()) and known.numel() > 0
-    if not fits or not finite:
-        raise ValueError(f"`{name}` must be {wanted}, got shape {tuple(matrix.shape)}, all finite: {finite}.")
-    return matrix
-
-
-def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'shrp-hf[plots]'.") from error
-    # The object-oriented API, not pyplot: no global state, no window system.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _grid_figure(num_rows: int, num_columns: int) -> "tuple[Figure, Axes]":
-    return _figure(max(4.5, 0.52 * num_columns + 2.0), max(2.2, 0.36 * num_rows + 1.5))
+    finish_lines(axes)
+    return write_figure(figure, path)
 
 
 def _heat_map(
@@ -407,24 +239,3 @@ def _cluster_colours(count: int) -> list[tuple[float, float, float]]:
     # Steps of the golden ratio keep clusters with neighbouring numbers apart, however many there are.
     hues = [(i * (math.sqrt(5) - 1) / 2) % 1 for i in range(count)]
     return [tuple(hsv_to_rgb((hue, 0.65, 0.85 if i % 2 else 0.65))) for i, hue in enumerate(hues)]
-
-
-def _finish_lines(axes: "Axes") -> None:
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-
-
-def _write(figure: "Figure", path: str | Path) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may draw one picture: runs of a comparison that end at the same time.
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
-    try:
-        figure.savefig(partial, dpi=160)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target

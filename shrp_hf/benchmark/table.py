@@ -1,0 +1,94 @@
+"""Models side by side: a row each, ratios against the first."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from shrp_hf.benchmark.cost import ParameterCount
+from shrp_hf.benchmark.timing import Timing
+
+Z_95 = 1.959963984540054
+
+
+def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
+    """Returns the 95% Wilson score interval of an accuracy, (low, high), both from 0 to 1.
+
+    It stays inside [0, 1] and is not empty at 0 or all correct, where the normal interval is.
+
+    Raises:
+        ValueError: `total` is below 1, or `num_correct` is not between 0 and `total`.
+    """
+    if total < 1 or not 0 <= num_correct <= total:
+        raise ValueError(f"`num_correct` must be from 0 to `total`, and `total` at least 1, got {num_correct} of {total}.")
+    share = num_correct / total
+    spread = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
+    scale = 1 + Z_95**2 / total
+    centre = share + Z_95**2 / (2 * total)
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """One row of a comparison.
+
+    Args:
+        name: What the row is called.
+        parameters: From `count_parameters`.
+        flops: From `count_flops`, at one batch size and length for all rows.
+        timing: From `measure_throughput`, in one run for all rows.
+        correct: Correct predictions and predictions in all, on one evaluation set for all rows.
+    """
+
+    name: str
+    parameters: ParameterCount
+    flops: int
+    timing: Timing | None = None
+    correct: tuple[int, int] | None = None
+
+
+def report_table(rows: Sequence[ModelReport]) -> str:
+    """Returns a Markdown table of the rows; reductions and ratios are against the first one.
+
+    Accuracy (with its 95% interval) and throughput are columns only if a row has them. Next to a throughput ratio
+    stands how much of the FLOP ratio it reaches: fewer FLOPs are not yet lower latency.
+
+    Raises:
+        ValueError: No row; or a row has a timing and the first has none, or one from another run.
+    """
+    if not rows:
+        raise ValueError("`rows` must hold at least one model, got none.")
+    columns: dict[str, Callable[[ModelReport], str]] = {"Model": lambda row: row.name}
+    if any(row.correct for row in rows):
+        columns["Accuracy (95% interval)"] = _accuracy_cell
+    first = rows[0]
+    for title, field in (("Encoder", "encoder"), ("Encoder + pooler", "encoder_and_pooler"), ("Whole model", "whole")):
+        columns[title] = partial(_count_cell, baseline=first.parameters, field=field)
+    columns["FLOPs"] = lambda row: f"{row.flops / 1e9:,.2f} G ({row.flops / first.flops:.1%})"
+    if any(row.timing for row in rows):
+        if first.timing is None:
+            raise ValueError(f"`rows[0]` ({first.name!r}) must have a timing when others do: ratios are against it.")
+        columns["Throughput"] = lambda row: _throughput_cell(row, first)
+    lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
+    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _accuracy_cell(row: ModelReport) -> str:
+    if row.correct is None:
+        return "-"
+    low, high = accuracy_interval(*row.correct)
+    return f"{row.correct[0] / row.correct[1]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _count_cell(row: ModelReport, baseline: ParameterCount, field: str) -> str:
+    reduction = row.parameters.reduction_from(baseline)[field]
+    return f"{getattr(row.parameters, field):,}" + (f" ({-reduction:+.1%})" if reduction else "")
+
+
+def _throughput_cell(row: ModelReport, baseline: ModelReport) -> str:
+    if row.timing is None:
+        return "-"
+    ratio = row.timing.ratio_to(baseline.timing)
+    limit = baseline.flops / row.flops
+    return f"{ratio:.2f}x" + (f" ({ratio / limit:.0%} of the FLOP ratio)" if limit != 1 else "")
