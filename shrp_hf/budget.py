@@ -46,6 +46,9 @@ class Budget:
     def heads(cls, count: int) -> Self:
         """Keeps `count` heads.
 
+        Args:
+            count: Heads of the whole model.
+
         Raises:
             ValueError: Not a positive whole number.
         """
@@ -56,6 +59,9 @@ class Budget:
     @classmethod
     def fraction(cls, keep: float) -> Self:
         """Keeps the share `keep` of the heads, rounded to the nearest head.
+
+        Args:
+            keep: Above 0, at most 1.
 
         Raises:
             ValueError: Not above 0 and at most 1.
@@ -87,6 +93,10 @@ class Budget:
         """Keeps as many heads as fit into `target` parameters of the whole model, or into the share `keep` of them.
 
         One head of BERT-base is 196,800 parameters: half of the heads are 13% of the model.
+
+        Args:
+            target: Most parameters, embeddings included.
+            keep: The same as a share of the whole model, 0 to 1.
 
         Raises:
             ValueError: Not exactly one of the two is given, or it is out of range.
@@ -142,6 +152,9 @@ class Budget:
 
     def count(self, available: int) -> int:
         """Returns the heads that "heads" or "fraction" keep of `available` ones.
+
+        Args:
+            available: Heads that there are.
 
         Raises:
             ValueError: There are not that many.

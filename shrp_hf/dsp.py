@@ -148,7 +148,12 @@ class DspCallback(TrainerCallback, ExportableState):
         return self._importances.detach().masked_fill(self._closed, torch.nan)
 
     def temperature(self, step: int, max_steps: int) -> float:
-        """The temperature of an optimizer step, counted from 0."""
+        """Returns the temperature of an optimizer step; it falls by the same factor each step.
+
+        Args:
+            step: The step, counted from 0.
+            max_steps: Steps of the whole training.
+        """
         ratio = self.final_temperature / self.initial_temperature
         return self.initial_temperature * ratio ** (step / max(1, max_steps - 1))
 

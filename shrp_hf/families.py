@@ -86,7 +86,11 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.head_map.output)
 
     def head_parameters(self, layer: int) -> int:
-        """Parameters of one head: its rows of query, key and value with their biases, its columns of the output."""
+        """Counts the parameters of one head: rows of query, key and value with their biases, columns of the output.
+
+        Args:
+            layer: Index of the layer.
+        """
         rows = sum(module.weight.shape[1] + (module.bias is not None) for module in self.projections(layer))
         return self.head_size * (rows + self.output(layer).weight.shape[0])
 

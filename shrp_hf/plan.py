@@ -63,11 +63,20 @@ class KeepPlan:
 
     @classmethod
     def full(cls, num_layers: int, num_heads: int) -> Self:
-        """The plan that keeps everything."""
+        """The plan that keeps everything.
+
+        Args:
+            num_layers: Layers of the model.
+            num_heads: Heads that each of them has.
+        """
         return cls(kept=(tuple(range(num_heads)),) * num_layers, num_heads=num_heads)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Returns the plan as JSON text and, given a path, also writes it there (to a temporary name, then moved)."""
+        """Returns the plan as JSON text.
+
+        Args:
+            path: Also write it there, to a temporary name, then moved; None writes nothing.
+        """
         text = json.dumps({"kept": [list(heads) for heads in self.kept], "num_heads": self.num_heads})
         if path is not None:
             with written_whole(path) as partial:
@@ -77,6 +86,9 @@ class KeepPlan:
     @classmethod
     def from_json(cls, source: str | Path) -> Self:
         """Reads a plan from JSON text or, given a `Path` or the name of a ``.json`` file, from that file.
+
+        Args:
+            source: The text, or where it is.
 
         Raises:
             ValueError: The text is not a plan.

@@ -340,8 +340,14 @@ class ShrpTrainer(FiniteTrainer):
     def count_usage(self, dataset: Any) -> dict[int, list[int]]:
         """Counts each sequence of `dataset` once, over all processes, and stores the counts in the model.
 
+        Args:
+            dataset: Rows with a length, of which each process takes its share.
+
         Returns:
             Layer index -> number of sequences per expert (with Top-k, each sequence counts for k experts).
+
+        Raises:
+            ValueError: `dataset` has no length.
         """
         if not hasattr(dataset, "__len__"):
             raise ValueError(f"`dataset` must have a length to be counted once, got {type(dataset).__name__}.")

@@ -10,7 +10,10 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from shrp_hf.budget import Budget
+from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.plan import KeepPlan
+from shrp_hf.selectors import CahpSelector, HiesSelector
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
 from tests.tiny import NO_DROPOUT, batch, examples, tiny_bert, tiny_routed
@@ -77,9 +80,24 @@ def training(folder: str, processes: int = 1) -> dict:
     }
 
 
+def scoring(rank: int = 0, processes: int = 1) -> dict:
+    """Head statistics over this process's share of the batches, and the plans that follow from all of them."""
+    model = tiny_bert(num_labels=2, dtype=torch.float64).eval()
+    rows = batch(size=9) | {"labels": torch.arange(9) % 2}  # five batches: no equal shares
+    batches = [{name: value[i : i + 2] for name, value in rows.items()} for i in range(0, 9, 2)][rank::processes]
+    heads = collect_head_stats(model, batches, StatsRequest(importance=True, entropy=True))
+    signatures = collect_head_stats(model, batches, StatsRequest(salience=True, signature_size=4))
+    plans = [
+        HiesSelector(budget=Budget.fraction(0.5)).select(model, stats=heads),
+        CahpSelector(budget=Budget.fraction(0.5), signature_size=4).select(model, stats=signatures),
+    ]
+    return {"heads": heads.sums, "signatures": signatures.sums, "plans": [plan.to_json() for plan in plans]}
+
+
 def work(folder: str) -> None:
     rank = int(os.environ["RANK"])
     found = {"training": training(folder, processes=2)}  # sets the process group up
+    found["scoring"] = scoring(rank, processes=2)
     found |= {wrapping: gradients_of_losses(rank, wrapping) for wrapping in WRAPPINGS}
     torch.save(found, f"{folder}/rank{rank}.pt")
     torch.distributed.barrier()
@@ -135,6 +153,17 @@ def test_training_by_two_processes_is_training_by_one(pair, tmp_path):
         for ours, theirs in zip(found["logs"], whole["logs"], strict=True):
             assert ours == pytest.approx(theirs, abs=2e-4)
     assert KeepPlan.from_json(whole["plan"]).num_kept == 8
+
+
+def test_scoring_by_two_processes_is_scoring_by_one(pair):
+    whole = scoring()
+    for found in (found["scoring"] for found in pair):
+        assert found["plans"] == whole["plans"]
+        assert_close(found["heads"], whole["heads"])
+        assert found["signatures"].keys() == whole["signatures"].keys()
+        for name, value in found["signatures"].items():
+            if name.startswith("signature"):  # t-SNE is chaotic: every bit counts
+                assert torch.equal(value, whole["signatures"][name]), name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The documentation site: it builds without a warning, fetches nothing, and leaves no public name or command out."""
 
+import contextlib
+import functools
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedConfig, PreTrainedModel
 from typer.main import get_command
 
 import shrp_hf
@@ -28,6 +33,42 @@ def test_every_page_is_in_the_navigation():
     pages = {str(path.relative_to(DOCS)) for path in DOCS.glob("**/*.md")}
     made = {"index.md", "examples.md", "security.md", "reference/command-line.md"}  # by docs/site/hooks.py
     assert pages <= set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) <= pages | made
+
+
+def resolve(name):
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(".".join(parts[:end]))
+            return functools.reduce(getattr, parts[end:], found)
+    raise AssertionError(name)
+
+
+def documented():
+    """Every function of the reference, and every public method that overrides nobody else's: name, function, docstring."""
+    for name in NAMED:
+        found = resolve(name)
+        if not inspect.isclass(found):
+            yield name, found, inspect.getdoc(found)
+            continue
+        bases = [base for base in found.__mro__ if not base.__module__.startswith("shrp_hf")]
+        theirs = {member for base in (*bases, PreTrainedConfig, PreTrainedModel) for member in dir(base)}
+        for member, value in vars(found).items():
+            method = getattr(value, "__func__", value)
+            if inspect.isfunction(method) and method.__module__.startswith("shrp_hf") and method.__name__ == member:
+                is_own = member not in theirs - {"push_to_hub", "from_pretrained"}
+                if not member.startswith("_") and is_own and "As in `" not in (method.__doc__ or ""):
+                    yield f"{name}.{member}", method, inspect.getdoc(method)
+
+
+@pytest.mark.parametrize(("function", "text"), [pytest.param(f, text, id=name) for name, f, text in documented()])
+def test_public_docstring_speaks_of_every_argument_and_error(function, text):
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.name not in ("self", "cls") and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert [name for name in named if not re.search(rf"\b{name}\b", text)] == []
+    assert len(named) < 2 or "Args:" in text or all(f"`{name}`" in text for name in named)
+    if re.search(r"^\s+raise \w", inspect.getsource(inspect.unwrap(function)), re.MULTILINE):
+        assert "Raises:" in text
 
 
 @pytest.mark.slow

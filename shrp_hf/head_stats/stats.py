@@ -84,7 +84,14 @@ class HeadStats:
 
     @classmethod
     def empty(cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0) -> Self:
-        """Statistics of no sample."""
+        """Statistics of no sample.
+
+        Args:
+            request: What will be added up.
+            scored: The heads of each layer that are scored.
+            num_heads: Heads that a layer had before pruning.
+            num_classes: Classes of the task, of which signatures are kept apart.
+        """
         shapes = _shapes(request, sum(map(len, scored)), num_classes).items()
         sums = {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes}
         return cls(request, tuple(tuple(heads) for heads in scored), num_heads, sums)
@@ -156,7 +163,12 @@ class HeadStats:
         return self.sums[name]
 
     def save(self, path: str | Path, extra: Mapping[str, str] | None = None) -> None:
-        """Writes everything to a safetensors file (to a temporary name, then moved), with `extra` texts beside it."""
+        """Writes everything to a safetensors file, to a temporary name, then moved.
+
+        Args:
+            path: The file.
+            extra: Texts to keep in it, by name; `load_with_texts` returns them.
+        """
         shape = {"request": asdict(self.request), "scored": self.scored, "num_heads": self.num_heads}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.sums.items()}
         texts = {"head_stats": json.dumps(shape), **(extra or {})}
@@ -167,6 +179,9 @@ class HeadStats:
     def load(cls, path: str | Path) -> Self:
         """Reads what `save` wrote.
 
+        Args:
+            path: The file.
+
         Raises:
             ValueError: The file holds something else, or is damaged.
         """
@@ -174,7 +189,14 @@ class HeadStats:
 
     @classmethod
     def load_with_texts(cls, path: str | Path) -> tuple[Self, dict[str, str]]:
-        """Reads what `save` wrote, and the texts beside it; see `load`."""
+        """Reads what `save` wrote, and the texts beside it.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ValueError: As in `load`.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 texts = dict(file.metadata() or {})

@@ -92,8 +92,12 @@ class ShrpConfigFields:
     def adopt(cls, fields: dict, source: str) -> dict:
         """Returns the fields of a config of this class, or of a stock family that it extends, as fields of this class.
 
+        Args:
+            fields: What the file holds.
+            source: Where they came from, for the error.
+
         Raises:
-            ValueError: They are of another family; `source` is where they came from.
+            ValueError: They are of another family.
         """
         found = fields.get("model_type", cls.model_type)
         if found not in (cls.model_type, *cls.stock_model_types):

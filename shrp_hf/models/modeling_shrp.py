@@ -124,6 +124,10 @@ class ShrpModelMixin(SafeWeightsMixin):
     def activate_layer_(self, layer: int, warm_start: bool = True) -> None:
         """Lets a pending layer run as an expert layer from now on, warm-started from its dense half as it is now.
 
+        Args:
+            layer: Its index.
+            warm_start: False keeps the expert half's own weights, for example those of a checkpoint.
+
         Raises:
             ValueError: The layer is not pending.
         """
@@ -135,7 +139,11 @@ class ShrpModelMixin(SafeWeightsMixin):
         self.config.expert_layers = sorted({*self.config.expert_layers, layer})
 
     def finish_conversion_(self) -> None:
-        """Drops the dense halves of converted layers, and the expert halves of those that were not reached."""
+        """Drops the dense halves of the layers that were pending, all of which must run as expert layers by now.
+
+        Raises:
+            ValueError: A layer was not activated.
+        """
         for i in self.config.pending_layers:
             if not self.layers[i].active:
                 raise ValueError(f"Layer {i} is still to be converted: call `activate_layer_({i})`, or train to the end.")
@@ -330,7 +338,14 @@ class ShrpModelMixin(SafeWeightsMixin):
             raise OSError(f"The model cannot be saved to `{target}` ({error}): what was there is as it was.") from error
 
     def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
-        """Uploads as Transformers does; `with_code` as in `save_pretrained`."""
+        """Uploads as Transformers does.
+
+        Args:
+            repo_id: The repository, for example "org/shrp-bert-sst2".
+            *args: Further arguments of Transformers' method, and so are `kwargs`.
+            with_code: Upload the code with it, as `save_pretrained` writes it.
+            **kwargs: For example `private`, `token`, `commit_message`.
+        """
         self._ships_code = with_code
         try:
             return super().push_to_hub(repo_id, *args, **kwargs)

@@ -94,7 +94,20 @@ class Selector(ABC):
         stats: HeadStats | None = None,
         cache: str | Path | None = None,
     ) -> torch.Tensor:
-        """Scores the heads of `model` without choosing; arguments as in `select`. Returns shape (layers, heads)."""
+        """Scores the heads of `model` without choosing.
+
+        Args:
+            model: The model.
+            batches: Calibration batches, as in `select`.
+            stats: What was collected before, in their place.
+            cache: Where to keep what is collected.
+
+        Returns:
+            Shape (layers, heads), higher = keep.
+
+        Raises:
+            ValueError: Neither `batches` nor `stats` are given to a selector that needs them, or they do not suit.
+        """
         layout = head_layout(model)
         choice = self._choice(layout)
         if self.request != StatsRequest():
