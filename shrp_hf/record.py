@@ -256,6 +256,9 @@ class RunRecord(_Checked):
     def from_json(cls, source: str | Path) -> Self:
         """Reads a record from JSON text or, given a `Path`, from that file.
 
+        Args:
+            source: The text, or where it is.
+
         Raises:
             ValueError: The text is not a record.
         """

@@ -356,6 +356,19 @@ def test_options_that_contradict_are_refused(words, message):
     assert message in str(result.exception)
 
 
+def test_names_that_transformers_leaves_out_of_a_config_are_written(tmp_path):
+    model = tiny_bert()
+    assert "id2label" not in model.config.to_diff_dict()
+    path = export_onnx(model, None, tmp_path)
+    labels = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))["id2label"]
+    assert labels == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+
+
+def test_threads_of_a_session_do_not_spin_between_calls(written):
+    session = onnx_session(written)
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_sessions_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="`path` must be an ONNX file or a directory that holds `model.onnx`"):
         onnx_session(tmp_path)

@@ -106,6 +106,10 @@ class Grid:
     def check(self, shape: ModelShape, min_heads_per_layer: int = 1) -> None:
         """Refuses a grid that cannot be computed.
 
+        Args:
+            shape: Of the model.
+            min_heads_per_layer: Heads that every layer keeps.
+
         Raises:
             ValueError: A value is unknown, out of range for the model or named twice, or there is nothing to compare.
             ImportError: CAHP is asked for and its packages are missing.

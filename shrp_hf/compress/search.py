@@ -30,11 +30,11 @@ class Targets:
             raise ValueError(f"`keep_quality` must be a share above 0 and at most 1, got {self.keep_quality}.")
 
     def fast_enough(self, speedup: float) -> bool:
-        """Whether that speed-up reaches the target, if there is one."""
+        """Whether `speedup` reaches the target, if there is one."""
         return self.speedup is None or speedup >= self.speedup
 
     def good_enough(self, retention: float) -> bool:
-        """Whether that share of the dense quality reaches the target, if there is one."""
+        """Whether `retention`, the share of the dense quality that stays, reaches the target, if there is one."""
         return self.keep_quality is None or retention >= self.keep_quality
 
     def __str__(self) -> str:

@@ -235,6 +235,11 @@ def _publish(model: PreTrainedModel, tokenizer: Any, record: dict, staged: Path,
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(staged)
+    if "Classification" in type(model).__name__:
+        # Transformers leaves out names like LABEL_0, and a server without it could not make them up.
+        path = staged / "config.json"
+        labels = {str(label): name for label, name in config.id2label.items()}
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"id2label": labels}, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(staged)
     (staged / "onnx.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

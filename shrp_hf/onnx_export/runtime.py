@@ -32,6 +32,8 @@ def onnx_session(path: str | Path, num_threads: int | None = None) -> Any:
         raise ImportError(EXTRA) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads or 0
+    # Between calls its threads would go on spinning, at the cost of whatever else the process computes.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

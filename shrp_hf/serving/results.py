@@ -73,6 +73,11 @@ class ServingResult:
     def row(self, model: str, runtime: str, workload: str) -> ServingRow:
         """Returns one row.
 
+        Args:
+            model: Its name.
+            runtime: Its runtime.
+            workload: Its workload, as `ServingRow.workload` has it.
+
         Raises:
             KeyError: There is no such row.
         """
@@ -141,6 +146,7 @@ def write_serving(result: ServingResult, about: Mapping[str, Any], output: Path)
     Raises:
         ImportError: matplotlib is not installed; the other two files are there.
     """
+    output.mkdir(parents=True, exist_ok=True)
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items())
     write_text(output / "benchmark.md", f"# Benchmark\n\n{lines}\n\n{result.markdown()}")
     figures = {"about": dict(about), "agreement": dict(result.agreement), "rows": [row.summary() for row in result.rows]}
