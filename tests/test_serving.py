@@ -7,6 +7,7 @@ import torch
 from transformers import BertTokenizer, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 from typer.testing import CliRunner
 
+from benchmarks import int8 as int8_benchmark
 from benchmarks import serving as serving_benchmark
 from shrp_hf import KeepPlan, cli, prune_heads
 from shrp_hf.benchmark import Timing, count_flops
@@ -276,3 +277,21 @@ def test_project_benchmark_checks_its_aims(monkeypatch, capsys, tmp_path):
 def test_models_of_another_family_are_measured_in_pytorch():
     model = GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8)).eval()
     assert measure_serving({"gpt": (model, None)}, ServingOptions(shapes=((1, 4),), num_rounds=1)).rows[0].flops > 0
+
+
+def test_int8_is_compared_row_by_row(models, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    for name, (model, tokenizer) in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "SST-2").mkdir()
+    for split in ("train", "test"):
+        rows = [f"the film {'is ' * (i % 9)}{WORDS[i % 5]} {split}{i}\t{i % 2}" for i in range(40)]
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows, ""]), encoding="utf-8")
+    folders = [str(tmp_path / name) for name in models]
+    found = tmp_path / "int8.json"
+    assert int8_benchmark.main([*folders, "--dataset", "sst2", "--data-dir", str(tmp_path), "--output", str(found)]) == 0
+    figures = json.loads(found.read_text(encoding="utf-8"))
+    assert [figure["model"] for figure in figures] == folders
+    assert all(figure["rows"] == 40 and figure["agreement"] >= 0.9 for figure in figures)
+    assert f"| {folders[0]} | {figures[0]['PyTorch']:.4f} (" in capsys.readouterr().out
