@@ -21,7 +21,7 @@ from shrp_hf.tasks.task import Task
 EXAMPLE = """example:
   python -m benchmarks.int8 out/sst2/dense out/half --dataset sst2 --data-dir DIR --output out/int8.json
 
-Models are directories of classifiers with their tokenizers; every one is exported anew. int8 activations are scaled by batch, so
+Models are directories of classifiers with their tokenizers; each is exported anew. int8 activations are scaled by batch, so
 a sentence's logits depend a little on what shares its batch (32, sorted by length)."""
 
 
