@@ -14,7 +14,7 @@ from shrp_hf.benchmark import accuracy_interval
 from shrp_hf.onnx_export import export_onnx, onnx_session
 from shrp_hf.onnx_export.check import onnx_outputs
 from shrp_hf.report import predict_on, write_text
-from shrp_hf.serving.workloads import Workload
+from shrp_hf.serving.workloads import Workload, by_length
 from shrp_hf.tasks.loading import load_task
 from shrp_hf.tasks.task import Task
 
@@ -35,10 +35,8 @@ def decisions(folder: str, task: Task, work: Path) -> dict[str, np.ndarray]:
     batches = Workload(32, 128, tuple(texts)).batches(model, tokenizer)
     arrays = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
     logits = np.concatenate([onnx_outputs(session, ["logits"], batch)["logits"] for batch in arrays])
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=128)["input_ids"]]
-    order = sorted(range(len(texts)), key=lambda row: lengths[row])  # as the workload sorts
     found = np.empty(len(texts), dtype=int)
-    found[order] = logits.argmax(-1)
+    found[by_length(tokenizer(texts, truncation=True, max_length=128)["input_ids"])] = logits.argmax(-1)
     return {"PyTorch": expected.predictions.argmax(-1), "int8": found, "labels": expected.label_ids}
 
 

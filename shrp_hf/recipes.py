@@ -61,7 +61,7 @@ RECIPES: Mapping[str, Recipe] = {
         "default",
         balance_epochs_per_layer=0.5,
         specialise_epochs=1.0,
-        recovery_epochs=10.0,  # the cheapest epochs of all: the model is small by then
+        recovery_epochs=10.0,
         recovery_learning_rate=1e-4,
         expander_learning_rate=2e-3,
         distillation_logits=1.0,
@@ -70,8 +70,8 @@ RECIPES: Mapping[str, Recipe] = {
     "paper": Recipe("paper"),
 }
 """By name. "paper" is SHRP as published (arXiv 2512.20635): cross-entropy alone, nothing after pruning; its epochs and
-learning rate are not published in what we could read, so they are a reconstruction. "default" is what
-won on held-out rows; what it reaches, beside the other, is in docs/results.md."""
+learning rate are not published in what we could read, so they are a reconstruction. "default" was set on
+held-out rows, from single seeds; what it reaches, beside the other, is in docs/results.md."""
 
 
 def find_recipe(name: str, **changes: Any) -> Recipe:

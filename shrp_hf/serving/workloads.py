@@ -58,13 +58,18 @@ class Workload:
         longest = min(max_length(model), processor.model_max_length, self.length or max_length(model))
         names = input_names(model, processor)
         rows = processor(list(self.texts), truncation=True, max_length=longest)
-        order = sorted(range(len(self.texts)), key=lambda row: len(rows["input_ids"][row]))
+        order = by_length(rows["input_ids"])
         made: list[Batch] = []
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = processor.pad({name: [rows[name][row] for row in chosen] for name in rows}, return_tensors="pt")
             made.append({name: batch[name] for name in names})
         return made
+
+
+def by_length(ids: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the order in which sentences are batched: indices of the token ids, the shortest first."""
+    return sorted(range(len(ids)), key=lambda row: len(ids[row]))
 
 
 def count_flops_of(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
