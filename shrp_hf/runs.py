@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from shrp_hf.files import remove_staged
 from shrp_hf.report import write_text
 
 _REOPEN = """
@@ -47,6 +48,7 @@ def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[
         model = make().eval()
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder, with_code=True)
+    remove_staged(folder, ".saving-*")  # by a save that was killed when all was in its place
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
 

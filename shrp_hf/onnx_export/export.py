@@ -3,7 +3,6 @@
 import copy
 import importlib.metadata
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from shrp_hf.files import writing_to
+from shrp_hf.files import remove_staged, writing_to
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.onnx_export.check import (
     Arrays,
@@ -91,8 +90,7 @@ def export_onnx(
     }
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob(".exporting-*"):  # by an export that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        remove_staged(output, ".exporting-*")
         with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
             staged = Path(folder)
             path = staged / "model.onnx"

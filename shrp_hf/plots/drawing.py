@@ -1,11 +1,12 @@
 """What the pictures share: figures without a window system, matrices that are checked, files written whole."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from shrp_hf.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +76,6 @@ def write_figure(figure: "Figure", path: str | Path) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may draw one picture: runs of a comparison that end at the same time.
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
-    try:
-        figure.savefig(partial, dpi=160)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(target) as partial:
+        figure.savefig(partial, dpi=160, format=target.suffix[1:] or "png")
     return target

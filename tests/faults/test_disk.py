@@ -1,6 +1,7 @@
 """A full disk or a target that cannot be written: one clear error that names the path, and what was there stays."""
 
 import os
+import platform
 import resource
 import shutil
 from collections.abc import Callable
@@ -138,13 +139,24 @@ def test_the_command_line_says_it_in_one_line(words, tmp_path, monkeypatch, caps
 
 
 def test_a_leftover_of_a_killed_writer_is_harmless_and_goes(tmp_path):
-    left = tmp_path / ".plan.json.99999999.partial"
-    left.write_text("{")
+    dead = FORK.Process(target=lambda: None)
+    dead.start()
+    dead.join()
+    machine = platform.node().replace(".", "-")
+    of_dead, of_living, of_elsewhere = (
+        tmp_path / f".plan.json.{writer}.partial"
+        for writer in (f"{machine}.{dead.pid}", f"{machine}.{os.getppid()}", f"elsewhere-{machine}.{dead.pid}")
+    )
+    for left in (of_dead, of_living, of_elsewhere):
+        left.write_text("{")
     plan(tmp_path)
-    assert left.exists()  # it could be another process's
-    os.utime(left, (0, 0))
+    assert not of_dead.exists()
+    assert of_living.exists()
+    assert of_elsewhere.exists()
+    os.utime(of_elsewhere, (0, 0))
     plan(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert not of_elsewhere.exists()
+    assert of_living.exists()
 
 
 def test_a_leftover_of_a_killed_save_is_harmless_and_goes(tmp_path):

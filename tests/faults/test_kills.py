@@ -118,8 +118,30 @@ def export(output: Path, plain: Path, data_dir: Path) -> Callable[[], None]:
     return command("export", plain, "--output", output)
 
 
+def killed_at_move(function: Callable[[], None], at: int | None, moves: Path) -> Callable[[], None]:
+    """Kills the process group just before its move number `at` of a file; adds a dot to the file `moves` for each."""
+    replace = os.replace
+
+    def counted(*paths: object, **options: object) -> None:
+        with moves.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            done = len(file.read())
+            file.write(".")
+        if done == at:
+            os.killpg(0, signal.SIGKILL)
+        replace(*paths, **options)
+
+    def run() -> None:
+        os.replace = counted
+        function()
+
+    return run
+
+
 def models_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.rglob("config.json") if "checkpoints" not in path.parts)
+    """The models in there, except checkpoints and what lies in a hidden folder: a save that did not come to its end."""
+    found = sorted(path.parent for path in folder.rglob("config.json") if "checkpoints" not in path.parts)
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def check_nothing_half_written(folder: Path) -> None:
@@ -195,6 +217,28 @@ def test_a_killed_command_started_again_ends_alike(name, plain, data_dir, tmp_pa
             raise AssertionError(f"seed {SEED}, killed after {moments} of {length:.2f} s: {error}") from error
         shutil.rmtree(output)
     count("kills", tried=done, resumed=done, lost=0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_command_killed_as_it_moves_a_file_ends_alike(name, plain, data_dir, tmp_path, count):
+    """The moments at which most lies about half done: all files are there, the last one under its temporary name."""
+    make, _ = SCENARIOS[name]
+    moves = tmp_path / "moves"
+    whole = tmp_path / "whole"
+    Run(killed_at_move(make(whole, plain, data_dir), None, moves), tmp_path / "log").finish()
+    total = len(moves.read_text())
+    rng = random.Random(f"{SEED} {name} moves")
+    chosen = sorted({0, *rng.sample(range(total), min(total, max(1, KILLS // 10)))})
+    for move in chosen:
+        output = tmp_path / f"killed-{move}"
+        run = Run(killed_at_move(make(output, plain, data_dir), move, tmp_path / "none"), tmp_path / "log")
+        run.process.join()
+        assert run.process.exitcode == -signal.SIGKILL
+        check_nothing_half_written(output)
+        Run(make(output, plain, data_dir), tmp_path / "log").finish()
+        check_same(output, whole)
+    count("kills", tried=len(chosen), resumed=len(chosen), lost=0)
 
 
 @pytest.mark.faults

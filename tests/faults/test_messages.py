@@ -141,7 +141,8 @@ CASES = {
 def test_the_message_is_whole(name, tmp_path, monkeypatch):
     call, message = CASES[name]
     monkeypatch.setattr("os.getpid", lambda: 1)
-    message = message.replace("PARTIAL", "FOLDER/x/.plan.json.1.partial").replace("FOLDER", str(tmp_path))
+    monkeypatch.setattr("platform.node", lambda: "a.machine")
+    message = message.replace("PARTIAL", "FOLDER/x/.plan.json.a-machine.1.partial").replace("FOLDER", str(tmp_path))
     with pytest.raises((ValueError, OSError), match=r".") as error:
         call(tmp_path)
     assert str(error.value) == message
