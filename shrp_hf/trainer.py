@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from shrp_hf.distillation import (
     hidden_states_loss,
@@ -24,6 +25,7 @@ from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
+from shrp_hf.sampling import EpochSampler, hold_out
 from shrp_hf.surgery import to_shrp
 from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
 from shrp_hf.usage import plan_by_usage
@@ -80,7 +82,7 @@ class ShrpTrainer(FiniteTrainer):
             # Trainer looks at how many parameters it takes: none, or the trial.
             model_init = wraps(init)(lambda *trial: self._with_expert_layers(init(*trial), args))
         if train_dataset is not None and (bool(getattr(args, "num_requested_layers", False)) or _is_routed(model)):
-            train_dataset, self._usage_dataset = _hold_out(train_dataset, args)
+            train_dataset, self._usage_dataset = hold_out(train_dataset, args)
         super().__init__(
             model=model,
             args=args,
@@ -134,6 +136,13 @@ class ShrpTrainer(FiniteTrainer):
                 f"DataParallel over {self.args.n_gpu} GPUs cannot count usage: start with `accelerate launch` for one "
                 "process per GPU, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = EpochSampler(sampler, lambda: seed + int(self.state.epoch or 0))
+        return sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Trainer; routers and expanders have a learning rate of their own where one is given."""
@@ -415,22 +424,6 @@ class _StageCallback(TrainerCallback):
 
 def _is_routed(model: Any) -> bool:
     return isinstance(model, ShrpModelMixin) and model.config.is_routed
-
-
-def _hold_out(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:
-    """Cuts a seeded slice off a training set: (rest, slice). A set without a length is returned whole, with None."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return dataset, None
-    share = getattr(args, "usage_holdout", ShrpTrainingArguments.usage_holdout)
-    size = max(1, round(share * len(dataset)))
-    if size >= len(dataset):
-        return dataset, None
-    seed = args.seed if args.data_seed is None else args.data_seed
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen, rest = sorted(order[:size]), sorted(order[size:])
-    if hasattr(dataset, "select"):
-        return dataset.select(rest), dataset.select(chosen)
-    return Subset(dataset, rest), Subset(dataset, chosen)
 
 
 def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:

@@ -24,7 +24,14 @@ ALL = (0, 1, 2, 3)
 # --- resuming ---
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str)
+RESUMED = (
+    {},
+    {"train_sampling_strategy": "group_by_length"},
+    {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+)
+
+
+@pytest.mark.parametrize("options", RESUMED, ids=str)
 def test_resumed_training_is_uninterrupted_training(options, tmp_path):
     options = {"num_expert_layers": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None} | options
     whole = trainer_for(tmp_path, **options)
