@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -283,7 +284,11 @@ def test_shrp_class_reads_the_other_config_object_of_its_families(written):
     folder = written / "xlm-roberta" / "stock"
     model = shrp_hf.ShrpRobertaForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float64)
     assert model.config.stock_model_type == "xlm-roberta"
-    with pytest.raises(ValueError, match="XLMRobertaConfig` is a checkpoint of the family `xlm-roberta`, but ShrpBertCon"):
+    message = (
+        "`XLMRobertaConfig` is a checkpoint of the family `xlm-roberta`, but ShrpBertConfig reads `bert`, `shrp_bert`. Load "
+        "it with the class of its own family."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         shrp_hf.ShrpBertModel.from_pretrained(folder, config=config)
 
 
@@ -316,7 +321,11 @@ def test_roberta_converts_to_shrp_and_is_pruned(written, tmp_path, family, paddi
 @pytest.mark.parametrize("family", WITHOUT_EXPERTS)
 def test_family_without_expert_layers_says_so(written, family):
     shrp = to_shrp(stock(family))
-    with pytest.raises(ValueError, match=r"^`expert_layers=\[1\]`: `shrp_\w+` has none; only BERT and RoBERTa convert to"):
+    message = (
+        f"`expert_layers=[1]`: `{shrp.config.model_type}` has none; only BERT and RoBERTa convert to SHRP. Leave the field "
+        "empty, its heads can still be pruned."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         type(shrp.config)(**TABLE[family][1], expert_layers=[1])
     message = f"^`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.$"
     with pytest.raises(ValueError, match=message):

@@ -5,26 +5,14 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AlbertConfig,
-    AlbertModel,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    GPT2Config,
-    GPT2Model,
-    ModernBertConfig,
-    ModernBertModel,
-    MPNetConfig,
-    MPNetModel,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.head_stats import StatsRequest, collect_head_stats, weight_magnitude
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from tests.foreign import FAMILIES as FOREIGN
+from tests.foreign import foreign_model, refusal
 
 LENGTH = 7
 TEXT = {
@@ -53,27 +41,10 @@ def text_batches(num_batches=4):
     return batches
 
 
-REFUSED = {
-    "deberta-v2": (lambda: DebertaV2Model(DebertaV2Config(**TINY)), "relative-position projections per head"),
-    "mpnet": (lambda: MPNetModel(MPNetConfig(**TINY)), "all its layers share one position bias"),
-    "albert": (lambda: AlbertModel(AlbertConfig(**TINY)), "all its layers share one set of heads"),
-    "modernbert": (lambda: ModernBertModel(ModernBertConfig(**TINY)), "fused in one projection"),
-    "gpt2": (lambda: GPT2Model(GPT2Config(n_embd=16, n_head=4, n_layer=1)), "no head map says where its heads are."),
-}
-
-
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", FOREIGN)
 def test_other_families_are_refused_by_name(family):
-    build, reason = REFUSED[family]
-    with pytest.raises(ValueError, match=rf"`model` is of type '{family}'") as error:
-        head_layout(build())
-    assert reason in str(error.value)
-    assert str(error.value).endswith(
-        "Supported: bert, camembert, distilbert, electra, roberta, vit, xlm-roberta. A family with separate query, key "
-        "and value projections can be added: a `HeadMap` in `shrp_hf.models.head_slicing`, a row in "
-        "`shrp_hf.families.FAMILIES` and, to cut and save, a config and a modeling file in `shrp_hf.models`; see "
-        "docs/how-to/add-a-family.md."
-    )
+    with pytest.raises(ValueError, match=exact(refusal(family))):
+        head_layout(foreign_model(family))
 
 
 def test_every_stock_family_has_a_shrp_row_with_the_same_paths():

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shrp_hf import KeepPlan, ShrpBertConfig, masked_heads, prune_heads, to_shrp, to_stock
+from tests.foreign import FAMILIES as FOREIGN
+from tests.foreign import foreign_model, refusal
 from tests.tiny import SIZES, batch, force_experts_, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)
@@ -171,15 +173,6 @@ def test_config_of_the_stock_model_holds_nothing_of_ours():
 
 # --- refused ---
 
-TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
-FOREIGN = {
-    "deberta-v2": (transformers.DebertaV2Model, transformers.DebertaV2Config, TINY, "relative-position projections per head"),
-    "mpnet": (transformers.MPNetModel, transformers.MPNetConfig, TINY, "share one position bias"),
-    "albert": (transformers.AlbertModel, transformers.AlbertConfig, TINY, "share one set of heads"),
-    "modernbert": (transformers.ModernBertModel, transformers.ModernBertConfig, TINY | {"pad_token_id": 0}, "fused"),
-    "gpt2": (transformers.GPT2Model, transformers.GPT2Config, {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9}, ""),
-}
-
 
 @pytest.mark.parametrize(
     "act",
@@ -188,18 +181,19 @@ FOREIGN = {
 )
 @pytest.mark.parametrize("family", FOREIGN)
 def test_foreign_family_is_refused_by_name_with_the_way_to_add_it(family, act):
-    model_class, config_class, fields, reason = FOREIGN[family]
-    model = model_class(config_class(**fields))
-    supported = "bert, camembert, distilbert, electra, roberta, vit, xlm-roberta"
-    with pytest.raises(ValueError, match=f"(?s)'{family}'.*{reason}.*Supported: {supported}.*HeadMap.*add-a-family"):
-        act(model)
+    with pytest.raises(ValueError, match=f"^{re.escape(refusal(family))}$"):
+        act(foreign_model(family))
 
 
 @pytest.mark.parametrize("act", [to_shrp, to_stock, lambda m: prune_heads(m, {})], ids=["to_shrp", "to_stock", "prune_heads"])
 def test_wrapped_model_is_refused(act):
     wrapped = nn.DataParallel(tiny_bert())
     wrapped.config = wrapped.module.config
-    with pytest.raises(ValueError, match=r"must be a Transformers model, got DataParallel around one. Unwrap it first"):
+    message = (
+        "`model` must be a Transformers model, got DataParallel around one. Unwrap it first (PEFT: "
+        "`model.merge_and_unload()`; DistributedDataParallel: `model.module`)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         act(wrapped)
 
 
@@ -208,7 +202,11 @@ def test_model_of_remote_code_is_refused(act):
     class Remote(transformers.BertModel):
         config_class = ShrpBertConfig
 
-    with pytest.raises(ValueError, match=r"^`Remote` came with its own code .*: load it again after `import shrp_hf`"):
+    message = (
+        "`Remote` came with its own code (`trust_remote_code=True`): load it again after `import shrp_hf`, without that "
+        "option."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         act(Remote(ShrpBertConfig(**SIZES)))
 
 

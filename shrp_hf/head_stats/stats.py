@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from shrp_hf.files import written_whole
 from shrp_hf.plan import KeepPlan
@@ -173,7 +173,8 @@ class HeadStats:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.sums.items()}
         texts = {"head_stats": json.dumps(shape), **(extra or {})}
         with written_whole(path) as partial:
-            save_file(tensors, partial, metadata=texts | {"sha256": _checksum(tensors, texts)})
+            # Not `save_file`, which would write under a name of its own that a kill leaves behind.
+            partial.write_bytes(save(tensors, metadata=texts | {"sha256": _checksum(tensors, texts)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -1,6 +1,7 @@
 """The whole message of what is refused here: argument, value, way out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,5 +157,10 @@ def test_a_missing_router_is_no_silent_dense_model(tmp_path):
     fields = json.loads((tmp_path / "config.json").read_text())
     fields["expert_layers"] = []
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with torch.random.fork_rng(), pytest.raises(ValueError, match=r"encoder weights are missing, the first is `bert\.encoder"):
+    message = (
+        f"`{tmp_path}` does not fit its config: 10 encoder weights are missing, the first is "
+        "`bert.encoder.layer.1.attention.output.LayerNorm.bias`. The files are damaged or were mixed: download or save them "
+        "again."
+    )
+    with torch.random.fork_rng(), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         OPEN(tmp_path)
