@@ -130,3 +130,31 @@ def test_flash_attention_is_reached_through_transformers_interface(monkeypatch):
         model.config._attn_implementation = "flash_attention_2"
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-6)
     assert scalings == [8**-0.5] * 3
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_without_gradients_the_same_bits_come_from_less_memory(keep, autocast):
+    """Expert layers then overwrite what only they hold; hidden states that a caller asks for are not among it."""
+    model, inputs = static(keep), batch()
+    outputs = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(model(**inputs, output_hidden_states=True))
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for ours, theirs in zip(*(output.hidden_states for output in outputs), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_hook_keeps_is_not_overwritten():
+    model, inputs = static(), batch()
+    expander = model.layers[1].expander
+    kept = []
+    for module in (expander.dense, expander.LayerNorm, expander):
+        module.register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        model(**inputs)
+    without, kept[:] = kept[:], []
+    model(**inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(without, kept, strict=True))

@@ -59,6 +59,17 @@ class Router(nn.Module):
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def _may_overwrite(*modules: nn.Module) -> bool:
+    """Whether what these modules return is nobody else's: no gradient, no graph being traced, no hook that keeps it.
+
+    An expert layer computes so little that fresh memory for each of its wide tensors was a quarter of its time
+    (docs/benchmarks-serving.md).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not any(module.training or module._forward_hooks for module in modules)
+
+
 class ExpertLinear(nn.Module):
     """The query, key or value projections of all experts, stacked as BERT stacks its heads.
 
@@ -149,7 +160,10 @@ class Expander(nn.Module):
 
     def forward(self, head_output: torch.Tensor) -> torch.Tensor:
         """Maps (batch, length, head_size) to (batch, length, hidden)."""
-        return self.LayerNorm(self.activation(self.dense(head_output)))
+        expanded = self.dense(head_output)
+        if _may_overwrite(self.dense):
+            return self.LayerNorm(nn.functional.gelu(expanded, out=expanded))
+        return self.LayerNorm(self.activation(expanded))
 
     @torch.no_grad()
     def warm_start_(self, output_weight: torch.Tensor) -> None:
@@ -214,6 +228,8 @@ class ExpertLayer(GradientCheckpointingLayer):
         if self.router is None:
             heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
             update = self.expander(heads.squeeze(2) if heads.shape[2] == 1 else heads.mean(dim=2))
+            if _may_overwrite(self.expander.LayerNorm, self.expander) and update.dtype == hidden_states.dtype:
+                return update.add_(hidden_states), None
             return hidden_states + self.dropout(update), None
 
         logits = self.router(hidden_states, token_mask)  # (batch, experts)
