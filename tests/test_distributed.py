@@ -1,4 +1,4 @@
-"""Two gloo processes of 4 sequences each against one process of 8. The workers are this file, run by torchrun."""
+"""Two gloo processes of 4 sequences each against one process of 8. The workers are this file, run by `accelerate launch`."""
 
 import os
 import subprocess
@@ -108,7 +108,9 @@ def work(folder: str) -> None:
 def pair(tmp_path_factory):
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("pair")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # `--multi_gpu` means several processes: on a machine without GPUs they join over gloo. Port 0: a free one.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     run = subprocess.run(
         [*launch, __file__, str(folder)], cwd=folder, env=environment, capture_output=True, text=True, check=False
