@@ -89,3 +89,11 @@ def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         assert f'id="{name}"' in reference, name
     for name in get_command(cli.app).commands:
         assert f"shrp-hf {name}" in pages["reference/command-line.html"]
+
+
+def test_tests_that_the_pages_name_are_there():
+    named = {
+        name for path in (ROOT / "docs").rglob("*.md") for name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", path.read_text())
+    }
+    assert len(named) > 20
+    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
