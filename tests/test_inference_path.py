@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from shrp_hf.benchmark import random_inputs
+from shrp_hf.models import expert_layer
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
 from shrp_hf.plan import KeepPlan
 from shrp_hf.surgery import prune_heads, to_shrp
@@ -145,6 +146,22 @@ def test_without_gradients_the_same_bits_come_from_less_memory(keep, autocast):
     for ours, theirs in zip(*(output.hidden_states for output in outputs), strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_large_batches_are_projected_at_once(keep, monkeypatch):
+    model, inputs = static(keep), batch(size=60, length=9)
+    joined = []
+    cat = torch.cat
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_layer, "JOINED_FROM", 10_000)
+            expected = model(**inputs).logits
+        monkeypatch.setattr(torch, "cat", lambda tensors, *args, **kw: joined.append(0) or cat(tensors, *args, **kw))
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-6)
+        assert len(joined) == 4  # weight and bias of two expert layers
+        model.layers[1].attention.self.key.register_forward_hook(lambda module, args, output: output * 2)
+        assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)  # a hook is not passed over
 
 
 def test_what_a_hook_keeps_is_not_overwritten():

@@ -14,6 +14,8 @@ from .head_slicing import head_columns, slice_linear
 
 EXPANDER_GAIN = 0.1
 
+JOINED_FROM = 512  # tokens in a batch from which one product for query, key and value is faster than three
+
 
 class Router(nn.Module):
     """Scores every expert for every sequence: Linear(hidden -> experts) on the mean of the real tokens.
@@ -59,15 +61,18 @@ class Router(nn.Module):
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _may_overwrite(*modules: nn.Module) -> bool:
-    """Whether what these modules return is nobody else's: no gradient, no graph being traced, no hook that keeps it.
+def _only_computes(*modules: nn.Module) -> bool:
+    """Whether what these modules do may be done otherwise: no gradient, no graph being traced, nobody who watches.
 
-    An expert layer computes so little that fresh memory for each of its wide tensors was a quarter of its time
-    (docs/benchmarks-serving.md).
+    An expert layer computes so little that reading its input three times and taking fresh memory for each wide tensor were a
+    third of its time (docs/benchmarks-serving.md).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not any(module.training or module._forward_hooks for module in modules)
+    return not any(
+        module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in modules
+    )
 
 
 class ExpertLinear(nn.Module):
@@ -135,14 +140,24 @@ class ExpertAttention(nn.Module):
         Returns:
             Head outputs (batch, length, k, head_size), and the attention maps (batch, k, length, length) in eager.
         """
-        chosen = () if experts is None else (experts,)
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        query = self.query(hidden_states, *chosen).view(shape).transpose(1, 2)  # (batch, k, length, head_size)
-        key = self.key(hidden_states, *chosen).view(shape).transpose(1, 2)
-        value = self.value(hidden_states, *chosen).view(shape).transpose(1, 2)
+        projected = self._project(hidden_states, experts)
+        query, key, value = (states.view(shape).transpose(1, 2) for states in projected)  # (batch, k, length, head_size)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def _project(self, hidden_states: torch.Tensor, experts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        projections = (self.query, self.key, self.value)
+        if experts is not None:
+            return tuple(projection(hidden_states, experts) for projection in projections)
+        plain = all(type(projection) is nn.Linear for projection in projections) and _only_computes(*projections)
+        if not plain or hidden_states.shape[:-1].numel() < JOINED_FROM:
+            return tuple(projection(hidden_states) for projection in projections)
+        # Joined for each call: it costs little where there are many tokens, and there is no copy that could be out of date.
+        weight = torch.cat([projection.weight for projection in projections])
+        bias = torch.cat([projection.bias for projection in projections])
+        return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
 
 
 class Expander(nn.Module):
@@ -161,7 +176,7 @@ class Expander(nn.Module):
     def forward(self, head_output: torch.Tensor) -> torch.Tensor:
         """Maps (batch, length, head_size) to (batch, length, hidden)."""
         expanded = self.dense(head_output)
-        if _may_overwrite(self.dense):
+        if _only_computes(self.dense):
             return self.LayerNorm(nn.functional.gelu(expanded, out=expanded))
         return self.LayerNorm(self.activation(expanded))
 
@@ -228,7 +243,7 @@ class ExpertLayer(GradientCheckpointingLayer):
         if self.router is None:
             heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
             update = self.expander(heads.squeeze(2) if heads.shape[2] == 1 else heads.mean(dim=2))
-            if _may_overwrite(self.expander.LayerNorm, self.expander) and update.dtype == hidden_states.dtype:
+            if _only_computes(self.expander.LayerNorm, self.expander) and update.dtype == hidden_states.dtype:
                 return update.add_(hidden_states), None
             return hidden_states + self.dropout(update), None
 
