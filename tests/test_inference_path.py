@@ -168,7 +168,7 @@ def test_what_a_hook_keeps_is_not_overwritten():
     model, inputs = static(), batch()
     expander = model.layers[1].expander
     kept = []
-    for module in (expander.dense, expander.LayerNorm, expander):
+    for module in (expander.dense, expander.activation, expander.LayerNorm, expander):
         module.register_forward_hook(lambda module, args, output: kept.append(output))
     with torch.no_grad():
         model(**inputs)

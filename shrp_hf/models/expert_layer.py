@@ -13,7 +13,6 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from .head_slicing import head_columns, slice_linear
 
 EXPANDER_GAIN = 0.1
-
 JOINED_FROM = 512  # tokens in a batch from which one product for query, key and value is faster than three
 
 
@@ -64,8 +63,8 @@ class Router(nn.Module):
 def _only_computes(*modules: nn.Module) -> bool:
     """Whether what these modules do may be done otherwise: no gradient, no graph being traced, nobody who watches.
 
-    An expert layer computes so little that reading its input three times and taking fresh memory for each wide tensor were a
-    third of its time (docs/benchmarks-serving.md).
+    An expert layer computes so little that reading its input three times and taking fresh memory for each wide tensor cost
+    more than a quarter of its time.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -176,7 +175,7 @@ class Expander(nn.Module):
     def forward(self, head_output: torch.Tensor) -> torch.Tensor:
         """Maps (batch, length, head_size) to (batch, length, hidden)."""
         expanded = self.dense(head_output)
-        if _only_computes(self.dense):
+        if _only_computes(self.dense, self.activation):
             return self.LayerNorm(nn.functional.gelu(expanded, out=expanded))
         return self.LayerNorm(self.activation(expanded))
 
