@@ -162,8 +162,8 @@ def test_loading_a_shipped_model_runs_its_own_code_and_nothing_else(tmp_path):
 
 def test_importing_and_asking_for_help_touch_no_network_and_no_file(tmp_path):
     done = done_by(IMPORTS, tmp_path)
-    # Of dependencies, and none leaves the machine: datasets 4.0 imports urllib3, which binds a local socket to see whether there
-    # is IPv6; torch built for CUDA asks ldconfig for its libraries.
+    # Of dependencies, and none leaves the machine: datasets 4.0 imports urllib3, which binds a local socket to see whether
+    # there is IPv6; torch built for CUDA asks ldconfig for its libraries.
     assert done.keys() - {"socket.__new__", "socket.bind", "subprocess.Popen"} == {"ran"}
     assert all("ldconfig" in what for what in done.get("subprocess.Popen", ()))
     assert all(Path(what).is_relative_to(ROOT / "shrp_hf") for what in done["ran"])
