@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 STALE_SECONDS = 60
 
 
@@ -64,8 +66,6 @@ def _machine() -> str:
 
 
 def _is_abandoned(partial: Path) -> bool:
-    import psutil  # opens a socket as it is imported, which nobody expects of `import shrp_hf`
-
     machine, process = partial.name.split(".")[-3:-1]
     if machine == _machine() and process.isdigit():
         return not psutil.pid_exists(int(process))

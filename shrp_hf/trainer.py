@@ -25,7 +25,7 @@ from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
-from shrp_hf.sampling import EpochSampler, hold_out
+from shrp_hf.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.surgery import to_shrp
 from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
 from shrp_hf.usage import plan_by_usage
@@ -140,8 +140,7 @@ class ShrpTrainer(FiniteTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = EpochSampler(sampler, lambda: seed + int(self.state.epoch or 0))
+            sampler = EpochSampler(sampler, data_seed(self.args), lambda: int(self.state.epoch or 0))
         return sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

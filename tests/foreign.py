@@ -4,7 +4,7 @@ import transformers
 from transformers import PreTrainedModel
 
 TINY = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 40}
-FAMILIES = {
+FOREIGN = {
     "deberta-v2": ("DebertaV2", TINY, " (its attention modules also hold relative-position projections per head)"),
     "mpnet": ("MPNet", TINY, " (all its layers share one position bias sized for all heads)"),
     "albert": ("Albert", TINY, " (all its layers share one set of heads, so one cut would cut every layer)"),
@@ -14,13 +14,13 @@ FAMILIES = {
 
 
 def foreign_model(family: str) -> PreTrainedModel:
-    name, fields, _ = FAMILIES[family]
+    name, fields, _ = FOREIGN[family]
     return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**fields))
 
 
 def refusal(family: str) -> str:
     return (
-        f"`model` is of type '{family}', and no head map says where its heads are{FAMILIES[family][2]}. Supported: bert, "
+        f"`model` is of type '{family}', and no head map says where its heads are{FOREIGN[family][2]}. Supported: bert, "
         "camembert, distilbert, electra, roberta, vit, xlm-roberta. A family with separate query, key and value projections "
         "can be added: a `HeadMap` in `shrp_hf.models.head_slicing`, a row in `shrp_hf.families.FAMILIES` and, to cut and "
         "save, a config and a modeling file in `shrp_hf.models`; see docs/how-to/add-a-family.md."

@@ -11,8 +11,7 @@ from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.head_stats import StatsRequest, collect_head_stats, weight_magnitude
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from tests.foreign import FAMILIES as FOREIGN
-from tests.foreign import foreign_model, refusal
+from tests.foreign import FOREIGN, foreign_model, refusal
 
 LENGTH = 7
 TEXT = {

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shrp_hf import KeepPlan, ShrpBertConfig, masked_heads, prune_heads, to_shrp, to_stock
-from tests.foreign import FAMILIES as FOREIGN
-from tests.foreign import foreign_model, refusal
+from tests.foreign import FOREIGN, foreign_model, refusal
 from tests.tiny import SIZES, batch, force_experts_, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)

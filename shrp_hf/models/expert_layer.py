@@ -63,8 +63,8 @@ class Router(nn.Module):
 def _only_computes(*modules: nn.Module) -> bool:
     """Whether what these modules do may be done otherwise: no gradient, no graph being traced, nobody who watches.
 
-    An expert layer computes so little that reading its input three times and taking fresh memory for each wide tensor cost
-    more than a quarter of its time.
+    An expert layer computes so little that fresh memory for each wide tensor, and reading its input three times, show in its
+    time (docs/benchmarks-serving.md).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
