@@ -15,6 +15,7 @@ from shrp_hf.plots import (
     plot_quality_curve,
     plot_usage,
 )
+from shrp_hf.plots.curves import _sideways
 
 pytest.importorskip("matplotlib")
 
@@ -176,6 +177,16 @@ def test_clusters_that_do_not_fit_are_refused(points, labels, medoids, kept, mes
 def test_knee_that_does_not_fit_is_refused(ks, mss, knee, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plot_knee(ks, mss, knee, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("xs", "expected"),
+    [(([36, 50], [36], [65]), [-0.348, 0.0, 0.348]), (([1.0], [2.0]), [0.0, 0.0]), (([36], [36]), [-0.006, 0.006])],
+    ids=["shared x", "nothing shared", "one x"],
+)
+def test_error_bars_at_one_x_stand_side_by_side(xs, expected):
+    tables = {str(i): torch.tensor([[x, 0.5, 0.4, 0.6] for x in row]) for i, row in enumerate(xs)}
+    assert _sideways(tables, {"panel": tables}) == pytest.approx(expected)
 
 
 def test_panels_share_one_legend_in_which_each_series_has_one_look(tmp_path):

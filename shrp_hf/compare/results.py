@@ -9,6 +9,7 @@ from typing import Any
 from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
 from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, rows_of, table_of
+from shrp_hf.plots import DPI
 from shrp_hf.report import write_text
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -78,8 +79,10 @@ model. "Examples" are those trained on after the dense model. {_timed(rows)}</p>
 
 def _figure(path: Path) -> str:
     caption = _CAPTIONS[path.stem.split("-")[0]]
-    picture = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{path.stem}" src="data:image/png;base64,{picture}">'
+    picture = path.read_bytes()
+    # The width is in the PNG's header. In inches, letters have one size in all pictures.
+    size = f"width: {int.from_bytes(picture[16:20]) / DPI:.2f}in"
+    image = f'<img alt="{path.stem}" style="{size}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
 

@@ -112,8 +112,8 @@ def plot_panels(
     figure, grid = new_panels(len(tables), (4.6, 4.0), legend_width=2.4)
     for axes, (title, points) in zip(grid, tables.items(), strict=True):
         axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
-        for name, table in points.items():
-            _error_bars(axes, names.index(name), name, table, is_control=name.split(",")[0] == "random")
+        for (name, table), shift in zip(points.items(), _sideways(points, tables), strict=True):
+            _error_bars(axes, names.index(name), name, table, shift, is_control=name.split(",")[0] == "random")
         axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
         finish_lines(axes)
         axes.get_legend().remove()
@@ -164,6 +164,16 @@ def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) 
         if (low > value).any() or (high < value).any():
             raise ValueError(f"`points[{name!r}]` must be ({what}, quality, low, high), low <= quality <= high.")
     return tables
+
+
+def _sideways(points: Mapping[str, torch.Tensor], panels: Mapping[str, Mapping[str, torch.Tensor]]) -> list[float]:
+    """How far to move each series of a panel, so that error bars at one x stand side by side; 0 where no x is shared."""
+    xs = [table[:, 0].tolist() for table in points.values()]
+    if sum(map(len, map(set, xs))) == len(set().union(*xs)):
+        return [0.0] * len(xs)
+    everywhere = torch.cat([table[:, 0] for tables in panels.values() for table in tables.values()])
+    step = 0.012 * ((everywhere.max() - everywhere.min()).item() or 1.0)
+    return [(i - (len(xs) - 1) / 2) * step for i in range(len(xs))]
 
 
 def _error_bars(

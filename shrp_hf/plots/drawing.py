@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KEPT_COLOUR = "#d1495b"
 INK = "#3b3b3b"
+DPI = 160
 
 
 def checked_matrix(
@@ -77,5 +78,5 @@ def write_figure(figure: "Figure", path: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may draw one picture: runs of a comparison that end at the same time.
     with written_whole(target) as partial:
-        figure.savefig(partial, dpi=160, format=target.suffix[1:] or "png")
+        figure.savefig(partial, dpi=DPI, format=target.suffix[1:] or "png")
     return target
