@@ -34,7 +34,7 @@ def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path
     selected = [row for row in others if row.cells[0]["method"] not in ("shrp", "truncate")]
     retention = _panels(selected, headline, lambda row: row.over_seeds(lambda cell: cell["num_heads"]).mean)
     if retention:
-        drawn.append(plot_panels(retention, folder / "retention.png", baseline, headline, "kept heads"))
+        drawn.append(plot_panels(retention, folder / "retention.png", baseline, headline, "kept heads", apart=True))
     budgets: dict[tuple[str, float], dict[str, Row]] = {}
     for row in selected:  # the recovery does not choose heads: one row of several stands for all
         cell = row.cells[0]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "osD^vPX*<>"
+_COLOURS = [f"C{i}" for i in range(10) if i != 7]  # C7 is the grey of the control
 
 
 def plot_quality_curve(
@@ -90,6 +91,8 @@ def plot_panels(
     baseline: float,
     quality: str,
     x_label: str,
+    *,
+    apart: bool = False,
 ) -> Path:
     """Draws quality against a cost for many series, spread over panels that share the x axis, colours and one legend.
 
@@ -99,6 +102,7 @@ def plot_panels(
         baseline: Quality of the dense model, drawn as a dashed line.
         quality: What is measured, for the axis.
         x_label: What x is, for the axis.
+        apart: Move series that share an x a little sideways; for x that is chosen, not measured.
 
     Raises:
         ValueError: As in `plot_quality_curve`, or there is no panel.
@@ -113,8 +117,9 @@ def plot_panels(
     for axes, (title, points) in zip(grid, tables.items(), strict=True):
         axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
         for (name, table), shift in zip(points.items(), _sideways(points, tables), strict=True):
-            _error_bars(axes, names.index(name), name, table, shift, is_control=name.split(",")[0] == "random")
+            _error_bars(axes, names.index(name), name, table, shift * apart, is_control=name.split(",")[0] == "random")
         axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
+        axes.tick_params(labelbottom=True)  # the panel below may be missing
         finish_lines(axes)
         axes.get_legend().remove()
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -182,6 +187,6 @@ def _error_bars(
     x, value, low, high = table[table[:, 0].argsort()].unbind(dim=1)
     errors = torch.stack([value - low, high - value]).numpy()
     style = {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "capsize": 2.5, "elinewidth": 1}
-    colour = "#8a8a8a" if is_control else f"C{index % 10}"
-    line = ("-", "--", ":")[index // 10 % 3]
+    colour = "#8a8a8a" if is_control else _COLOURS[index % len(_COLOURS)]
+    line = ("-", "--", ":")[index // len(_COLOURS) % 3]
     axes.errorbar((x + shift).numpy(), value.numpy(), yerr=errors, label=name, color=colour, linestyle=line, **style)
