@@ -6,6 +6,7 @@ import torch
 
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import (
+    curves,
     plot_clusters,
     plot_frontier,
     plot_head_map,
@@ -15,7 +16,6 @@ from shrp_hf.plots import (
     plot_quality_curve,
     plot_usage,
 )
-from shrp_hf.plots.curves import _sideways
 
 pytest.importorskip("matplotlib")
 
@@ -179,14 +179,12 @@ def test_knee_that_does_not_fit_is_refused(ks, mss, knee, message, tmp_path):
         plot_knee(ks, mss, knee, tmp_path / "x.png")
 
 
-@pytest.mark.parametrize(
-    ("xs", "expected"),
-    [(([36, 50], [36], [65]), [-0.348, 0.0, 0.348]), (([1.0], [2.0]), [0.0, 0.0]), (([36], [36]), [-0.006, 0.006])],
-    ids=["shared x", "nothing shared", "one x"],
-)
-def test_error_bars_at_one_x_stand_side_by_side(xs, expected):
-    tables = {str(i): torch.tensor([[x, 0.5, 0.4, 0.6] for x in row]) for i, row in enumerate(xs)}
-    assert _sideways(tables, {"panel": tables}) == pytest.approx(expected)
+@pytest.mark.parametrize(("apart", "expected"), [(True, [1.988, 2.012]), (False, [2.0, 2.0])])
+def test_error_bars_at_one_x_stand_side_by_side_only_where_x_was_chosen(apart, expected, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves, "write_figure", lambda figure, path: figures.append(figure))
+    plot_panels({"panel": POINTS}, tmp_path / "x.png", 0.7, "accuracy", "kept heads", apart=apart)
+    assert [bars[0].get_xdata()[0] for bars in figures[0].axes[0].containers] == pytest.approx(expected)
 
 
 def test_panels_share_one_legend_in_which_each_series_has_one_look(tmp_path):

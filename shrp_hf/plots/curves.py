@@ -102,7 +102,7 @@ def plot_panels(
         baseline: Quality of the dense model, drawn as a dashed line.
         quality: What is measured, for the axis.
         x_label: What x is, for the axis.
-        apart: Move series that share an x a little sideways; for x that is chosen, not measured.
+        apart: Move the series of a panel a little sideways, so that error bars at one x are told apart; not for a measured x.
 
     Raises:
         ValueError: As in `plot_quality_curve`, or there is no panel.
@@ -113,11 +113,14 @@ def plot_panels(
     tables = {title: _point_tables(points, x_label) for title, points in panels.items()}
     names = list(dict.fromkeys(name for points in tables.values() for name in points))
     # Each panel has a y axis of its own: what is lost without recovery would flatten all that is left with it.
+    xs = torch.cat([table[:, 0] for points in tables.values() for table in points.values()])
+    step = 0.012 * ((xs.max() - xs.min()).item() or 1.0) if apart else 0.0
     figure, grid = new_panels(len(tables), (4.6, 4.0), legend_width=2.4)
     for axes, (title, points) in zip(grid, tables.items(), strict=True):
         axes.axhline(baseline, color=INK, linestyle="--", linewidth=1, label="dense")
-        for (name, table), shift in zip(points.items(), _sideways(points, tables), strict=True):
-            _error_bars(axes, names.index(name), name, table, shift * apart, is_control=name.split(",")[0] == "random")
+        for i, (name, table) in enumerate(points.items()):
+            shift = (i - (len(points) - 1) / 2) * step
+            _error_bars(axes, names.index(name), name, table, shift, is_control=name.split(",")[0] == "random")
         axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
         axes.tick_params(labelbottom=True)  # the panel below may be missing
         finish_lines(axes)
@@ -169,16 +172,6 @@ def _point_tables(points: Mapping[str, Sequence[tuple[float, ...]]], what: str) 
         if (low > value).any() or (high < value).any():
             raise ValueError(f"`points[{name!r}]` must be ({what}, quality, low, high), low <= quality <= high.")
     return tables
-
-
-def _sideways(points: Mapping[str, torch.Tensor], panels: Mapping[str, Mapping[str, torch.Tensor]]) -> list[float]:
-    """How far to move each series of a panel, so that error bars at one x stand side by side; 0 where no x is shared."""
-    xs = [table[:, 0].tolist() for table in points.values()]
-    if sum(map(len, map(set, xs))) == len(set().union(*xs)):
-        return [0.0] * len(xs)
-    everywhere = torch.cat([table[:, 0] for tables in panels.values() for table in tables.values()])
-    step = 0.012 * ((everywhere.max() - everywhere.min()).item() or 1.0)
-    return [(i - (len(xs) - 1) / 2) * step for i in range(len(xs))]
 
 
 def _error_bars(
