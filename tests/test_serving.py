@@ -269,21 +269,9 @@ def test_project_benchmark_checks_its_aims(monkeypatch, capsys, tmp_path):
         ["--runtimes", "eager", "--shapes", "1x8", "--converted", "11", "--rounds", "1", "--output", str(tmp_path)]
     )
     text = capsys.readouterr().out
-    assert "| static 11/12, share of its FLOP ratio in eager, 1 x 8 | >= 0.00x |" in text
-    assert "| static 11/12, the same in the best of eager, 1 x 8 | >= 0.90x |" in text
+    assert "| static 11/12, share of its FLOP ratio in eager, 1 x 8 | >= 0.90x |" in text
     assert "| half the heads, share of its FLOP ratio in eager, 1 x 8 | >= 0.95x |" in text
     assert code == (1 if "**no**" in text else 0)
-
-
-@pytest.mark.parametrize(("in_onnx", "met"), [(0.5, True), (1.5, False)], ids=["ONNX reaches it", "nothing does"])
-def test_static_models_are_held_to_their_best_float32_runtime(in_onnx, met):
-    rows = [row("stock", 8.0, 8e9, first=8.0), row("static 11/12", 1.5, 1e9, first=8.0)]
-    rows += [row("stock", 8.0, 8e9, "onnx", first=8.0), row("static 11/12", in_onnx, 1e9, "onnx", first=8.0)]
-    options = ServingOptions(("eager", "onnx"), ((8, 128),))
-    found = serving_benchmark.targets(ServingResult("stock", "eager", rows, {}), options, ["stock", "static 11/12"])
-    promised = [target for target in found if target.name == "static 11/12, the same in the best of eager, onnx, 8 x 128"]
-    assert [target.is_met for target in promised] == [met]
-    assert promised[0].measured == pytest.approx(1 / min(in_onnx, 1.5))
 
 
 def test_models_of_another_family_are_measured_in_pytorch():

@@ -9,7 +9,7 @@ from typing import Any
 from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
 from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, rows_of, table_of
-from shrp_hf.plots import DPI
+from shrp_hf.plots.drawing import DPI
 from shrp_hf.report import write_text
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
