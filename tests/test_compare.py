@@ -226,6 +226,7 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     assert line.endswith("| 2.00x |")
     page = written["report.html"].read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len([name for name in written if name.endswith(".png")])
+    assert page.count('style="width: ') == page.count("data:image/png;base64,")  # letters of one size
     assert not re.search(r"https?://|src=\"(?!data:)|href=|@import", page)
     assert "random, 6 heads" in page
 
