@@ -30,7 +30,7 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's setting.")] = None,
     device: Annotated[str, typer.Option(help="Where PyTorch runs: cpu, cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of PyTorch's weights: float32, bfloat16, float16.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Directory for benchmark.md, .json and .png.")] = None,
 ) -> None:
     """Measures models side by side as they are served: latency, throughput, memory, and what FLOPs had promised.

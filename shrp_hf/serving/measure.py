@@ -52,7 +52,7 @@ class ServingOptions:
     num_threads: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    num_rounds: int = 10
+    num_rounds: int = 15
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]
