@@ -20,6 +20,7 @@ from transformers import (
     ViTModel,
 )
 
+from benchmarks.tries import TRIES
 from shrp_hf.benchmark import (
     ModelReport,
     ParameterCount,
@@ -405,3 +406,7 @@ def test_report_table_refuses_rows_without_a_baseline():
         report_table([])
     with pytest.raises(ValueError, match="'dense'.*must have a timing"):
         report_table([ModelReport("dense", DENSE, 1), ModelReport("static", STATIC, 1, timing("static", (1.0,)))])
+
+
+def test_every_try_can_be_named_in_a_list():
+    assert ",".join(TRIES).split(",") == list(TRIES)
