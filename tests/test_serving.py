@@ -17,6 +17,7 @@ from shrp_hf.plots import plot_speed
 from shrp_hf.serving import ServingOptions, ServingResult, ServingRow, measure_serving, write_serving
 from shrp_hf.serving.runtimes import OnnxRunner, TorchRunner
 from shrp_hf.serving.workloads import Workload, count_flops_of
+from shrp_hf.surgery import to_shrp
 from tests.tiny import tiny_bert
 
 WORDS = ("good", "bad", "the", "film", "is")
@@ -262,6 +263,14 @@ def test_command_refuses(words, message, folders, tmp_path):
 def test_the_same_model_twice_is_refused(folders):
     result = run("benchmark", folders / "dense", folders / "dense")
     assert str(result.exception).startswith("`MODELS` must be different models, got [")
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path):
+    to_shrp(tiny_bert()).save_pretrained(tmp_path / "bare")
+    result = run("benchmark", tmp_path / "bare", "--shapes", "1x4")
+    assert str(result.exception) == (
+        f"`{tmp_path / 'bare'}` holds no tokenizer that loads: save the model's own into it by `save_pretrained`."
+    )
 
 
 def test_project_benchmark_checks_its_aims(monkeypatch, capsys, tmp_path):

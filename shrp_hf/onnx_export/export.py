@@ -112,7 +112,7 @@ def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
         name: Hub id or directory.
 
     Raises:
-        ValueError: The config does not name a class that Transformers can load.
+        ValueError: The config does not name a class that Transformers can load, or there is no tokenizer beside it.
     """
     config = AutoConfig.from_pretrained(name)
     architecture = next(iter(getattr(config, "architectures", None) or [""]))
@@ -120,8 +120,15 @@ def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel", None)
     if auto is None or not architecture:
         raise ValueError(f"`{name}` names the class {architecture!r} in its config, for which there is no Auto class.")
-    processor = AutoImageProcessor if head == "ImageClassification" or "vit" in config.model_type else AutoTokenizer
-    return load_safely(auto.from_pretrained, name), processor.from_pretrained(name)
+    reads_images = head == "ImageClassification" or "vit" in config.model_type
+    try:
+        processor = (AutoImageProcessor if reads_images else AutoTokenizer).from_pretrained(name)
+    except (OSError, ValueError) as error:
+        missing = "image processor" if reads_images else "tokenizer"
+        raise ValueError(
+            f"`{name}` holds no {missing} that loads: save the model's own into it by `save_pretrained`."
+        ) from error
+    return load_safely(auto.from_pretrained, name), processor
 
 
 def _check_environment() -> None:
