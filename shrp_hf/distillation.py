@@ -34,6 +34,19 @@ def logits_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
     return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
+def taught_by(teacher: Sequence[torch.Tensor], num_layers: int) -> list[torch.Tensor]:
+    """The teacher's layers that a student of `num_layers` follows: evenly spaced, the last by the last.
+
+    Layer i of k follows layer ceil(i n / k) of n, counted from 1 (TinyBERT, Jiao et al. 2020, its uniform map). As many
+    layers follow one another.
+
+    Args:
+        teacher: One tensor per layer, embeddings left out.
+        num_layers: Layers of the student, at most the teacher's.
+    """
+    return [teacher[-(-i * len(teacher) // num_layers) - 1] for i in range(1, num_layers + 1)]
+
+
 def hidden_states_loss(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], token_mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -41,18 +54,23 @@ def hidden_states_loss(
 
     Args:
         student: Per layer (and embeddings first) the shape (batch, length, hidden).
-        teacher: The same shapes.
+        teacher: The same shapes, of as many layers or more; see `taught_by`.
         token_mask: Shape (batch, length), 1 for real tokens.
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: The teacher has fewer layers, or another width.
     """
-    if [s.shape for s in student] != [t.shape for t in teacher]:
+    if len(student) > len(teacher) or student[0].shape != teacher[0].shape:
         raise ValueError(
             f"The teacher has {len(teacher) - 1} layers of width {teacher[0].shape[-1]}, the student {len(student) - 1} of "
-            f"{student[0].shape[-1]}: set `distillation_hidden_states=0`, or take a teacher of the same shape."
+            f"{student[0].shape[-1]}: set `distillation_hidden_states=0`, or take a teacher of the same width, with as many "
+            "layers or more."
         )
-    losses = [(s.float() - t.float()).square().mean(dim=-1) for s, t in zip(student[1:], teacher[1:], strict=True)]
+    pairs = zip(student[1:], taught_by(teacher[1:], len(student) - 1), strict=True)
+    losses = [(s.float() - t.float()).square().mean(dim=-1) for s, t in pairs]
     error = torch.stack(losses).mean(dim=0)  # (batch, length)
     if token_mask is None:
         return error.mean()
@@ -70,16 +88,19 @@ def value_relations_loss(
 
     Args:
         student: Values per layer, shape (batch, length, any width).
-        teacher: Values of the same layers, widths of their own.
+        teacher: Values of as many layers or more, widths of their own; see `taught_by`.
         token_mask: Shape (batch, length), 1 for real tokens.
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: The teacher has fewer layers.
     """
-    if len(student) != len(teacher):
+    if len(student) > len(teacher):
         raise ValueError(
             f"The teacher has {len(teacher)} layers, the student {len(student)}: set `distillation_value_relations=0`, or "
-            "take a teacher with as many."
+            "take a teacher with as many or more."
         )
     if token_mask is None:
         token_mask = torch.ones(teacher[0].shape[:2], device=teacher[0].device)
@@ -91,7 +112,7 @@ def value_relations_loss(
         return (values @ values.transpose(1, 2) / math.sqrt(values.shape[-1]) + padding).log_softmax(dim=-1)
 
     losses = []
-    for s, t in zip(student, teacher, strict=True):
+    for s, t in zip(student, taught_by(teacher, len(student)), strict=True):
         log_p, log_q = relations(s), relations(t)
         losses.append((log_q.exp() * (log_q - log_p)).sum(dim=-1))  # (batch, length)
     return (torch.stack(losses).mean(dim=0) * weights).sum() / weights.sum().clamp(min=1)

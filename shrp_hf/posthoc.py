@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     set_seed,
 )
 
@@ -21,13 +22,12 @@ from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
+from shrp_hf.recipes import Setup, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import recovery_arguments
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class PruneOptions:
         calibration_samples: Training rows to score on; CAHP's paper takes all, HIES' 32.
         per_layer: Spread the heads evenly over the layers.
         min_heads_per_layer: Heads that every layer keeps.
-        recovery_epochs: Epochs of fine-tuning after the cut (CAHP: 3).
+        recovery_epochs: Epochs of training after the cut (CAHP: 3).
+        recipe: How it is trained then, a name in `RECIPES`.
+        teacher: Hub id or directory of the model that teaches then, where the recipe says so; None: the unpruned model.
+        bf16: Recover in bfloat16 autocast.
         batch_size: Sequences per batch.
         max_length: Longest sequence in tokens.
         seed: Seed of everything that is drawn.
@@ -62,6 +65,9 @@ class PruneOptions:
     per_layer: bool = False
     min_heads_per_layer: int = 1
     recovery_epochs: float = 0.0
+    recipe: str = "default"
+    teacher: str | None = None
+    bf16: bool = False
     batch_size: int = 32
     max_length: int = 128
     seed: int = 0
@@ -115,15 +121,15 @@ def prune_posthoc(
 
     Returns:
         Path of the report.
+
+    Raises:
+        ValueError: An option is out of range or does not suit the selector, or a model was not fine-tuned on this task.
     """
+    recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs)
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, model_name)).eval()
-    if model.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`{model_name}` predicts {model.config.num_labels} labels, but the task {task.name!r} has {task.num_labels}: "
-            "give a model that was fine-tuned on it."
-        )
+    model = _fine_tuned(model_name, task)
+    teacher = model if options.teacher is None else _fine_tuned(options.teacher, task)
     data = task.tokenize(tokenizer, max_length=options.max_length)
 
     def quality(plan: KeepPlan) -> float:
@@ -143,17 +149,16 @@ def prune_posthoc(
     say(f"2/3 cutting: {plan.num_kept} heads stay")
     pruned = prune_heads(model, plan)
     if options.recovery_epochs:
-        args = recovery_arguments(
-            str(output / "checkpoints"),
-            num_train_epochs=options.recovery_epochs,
+        setup = Setup(
+            data,
+            tokenizer,
+            output / "checkpoints",
             seed=options.seed,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
+            batch_size=options.batch_size,
+            bf16=options.bf16,
+            resumable=False,
         )
-        trainer = ShrpTrainer(pruned, args, train_dataset=data["train"], processing_class=tokenizer)
-        trainer.train()
-        pruned = trainer.accelerator.unwrap_model(trainer.model).eval()
+        pruned = recover(pruned, teacher, setup, recipe)
     tokenizer.save_pretrained(output)
     pruned.save_pretrained(output, with_code=True)
 
@@ -162,6 +167,7 @@ def prune_posthoc(
     scores = {name: evaluate_on(m, data["test"], task, tokenizer) for name, m in models.items()}
     rows = measure_models(models, scores, task)
     source = f"training rows of {task.name}"
+    chosen = asdict(options) | {"teacher": options.teacher and source_name(options.teacher)}
     num_scored = min(options.calibration_samples, len(data["train"]))
     record = RunRecord.of(
         pruned,
@@ -170,13 +176,23 @@ def prune_posthoc(
         task,
         method=options.selector,
         base_model=source_name(model_name),
-        options={name: value for name, value in asdict(options).items() if value is not None},
+        options={name: value for name, value in chosen.items() if value is not None},
         seeds=(options.seed,),
         training=Rows(len(data["train"]), source) if options.recovery_epochs else None,
         calibration=Rows(num_scored, source) if selector.request != StatsRequest() else None,
     )
     write_card(output, record)
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))
+
+
+def _fine_tuned(name: str, task: Task) -> PreTrainedModel:
+    model = to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, name)).eval()
+    if model.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"`{name}` predicts {model.config.num_labels} labels, but the task {task.name!r} has {task.num_labels}: "
+            "give a model that was fine-tuned on it."
+        )
+    return model
 
 
 def _report(output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str) -> Path:

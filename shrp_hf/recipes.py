@@ -189,12 +189,8 @@ def recover(
         recipe: How.
         name: Name of the training, for its checkpoints.
     """
-    weights = _distillation(recipe)
-    if model.config.num_hidden_layers != dense.config.num_hidden_layers:
-        # A truncated model has fewer, and nothing to compare layer by layer.
-        weights |= {"distillation_hidden_states": 0.0, "distillation_value_relations": 0.0}
     teacher = dense if recipe.distils else None
-    options = {"teacher": teacher, "expander_learning_rate": recipe.expander_learning_rate, **weights}
+    options = {"teacher": teacher, "expander_learning_rate": recipe.expander_learning_rate, **_distillation(recipe)}
     return fine_tune(model, setup, recipe.recovery_epochs, recipe.recovery_learning_rate, name=name, **options)
 
 

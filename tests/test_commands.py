@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from itertools import combinations
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from typer.testing import CliRunner
 
 from shrp_hf import ShrpBertForSequenceClassification, cli
 from shrp_hf.plan import KeepPlan
-from shrp_hf.posthoc import PruneOptions
+from shrp_hf.posthoc import PruneOptions, prune_posthoc
 from shrp_hf.recipes import Recipe
-from shrp_hf.record import Rows, RunRecord
+from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.tasks import load_task
 from shrp_hf.workflow import Workflow, WorkflowOptions
-from tests.tiny import tiny_bert
+from tests.tiny import same_state, tiny_bert
 
 GOOD, BAD = ("good", "great", "fine", "warm"), ("bad", "dull", "poor", "cold")
 FILLERS = ("the", "film", "is", "very", "and", "a", "story")
@@ -126,18 +128,49 @@ def test_prune_by_measured_quality(plain, data_dir, tmp_path):
     assert 3 <= KeepPlan.from_json(tmp_path / "plan.json").num_kept <= 12
 
 
-def test_prune_by_usage_leaves_a_static_encoder(plain, data_dir, tmp_path):
-    routed = ShrpBertForSequenceClassification.from_pretrained(plain, expert_layers=2)
+@pytest.fixture(scope="module")
+def routed(plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routed")
+    model = ShrpBertForSequenceClassification.from_pretrained(plain, expert_layers=2)
     for layer in (1, 2):
-        routed.layers[layer].router.usage += torch.tensor([1, 5, 2, 9])
-    routed.save_pretrained(tmp_path / "routed")
-    BertTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "routed")
-    words = ("prune", tmp_path / "routed", "--dataset", "sst2", "--data-dir", data_dir, "--selector", "usage")
-    result = run(*words, "--heads", 2, "--output", tmp_path / "static")
+        model.layers[layer].router.usage += torch.tensor([1, 5, 2, 9])
+    model.save_pretrained(folder)
+    BertTokenizer.from_pretrained(plain).save_pretrained(folder)
+    return folder
+
+
+def test_prune_by_usage_leaves_a_static_encoder(routed, data_dir, tmp_path):
+    words = ("prune", routed, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "usage")
+    result = run(*words, "--heads", 2, "--output", tmp_path)
     assert result.exit_code == 0, result.output
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "static")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert model.config.kept_heads == [[0, 1, 2, 3], [3], [3]]
     assert not model.config.routed
+
+
+def test_prune_recovers_by_its_recipe_and_its_teacher(routed, plain, data_dir, tmp_path):
+    words = ("prune", routed, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "usage", "--heads", 2, "--bf16")
+    variants = {"itself": (), "dense": ("--teacher", plain), "nobody": ("--recipe", "paper"), "none": None}
+    for name, more in variants.items():
+        epochs = 0 if more is None else 1
+        result = run(*words, "--recovery-epochs", epochs, *(more or ()), "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    models = [AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in variants]
+    assert not any(same_state(one, other) for one, other in combinations(models, 2))
+    options = RunRecord.from_json(tmp_path / "dense" / "shrp_record.json").options
+    assert (options["recipe"], options["teacher"]) == ("default", source_name(plain))
+
+
+def test_prune_refuses_a_teacher_of_another_task_and_an_unknown_recipe(plain, data_dir, tmp_path):
+    three = tmp_path / "three"
+    tiny_bert(num_labels=3, max_position_embeddings=40).save_pretrained(three)
+    task = load_task("sst2", data_dir)
+    message = f"`{three}` predicts 3 labels, but the task 'sst2' has 2: give a model that was fine-tuned on it."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, teacher=str(three)))
+    with pytest.raises(ValueError, match="^`recipe` must be one of default, paper, got 'mine'.$"):
+        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, recipe="mine"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

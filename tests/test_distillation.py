@@ -12,6 +12,7 @@ from shrp_hf.distillation import (
     logits_loss,
     recorded_values,
     student_logits,
+    taught_by,
     value_relations_loss,
 )
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
@@ -62,9 +63,26 @@ def test_value_relations_loss_by_hand():
         total / count / 2, abs=1e-5
     )
     assert value_relations_loss([teacher], [teacher], None).item() == pytest.approx(0, abs=1e-6)
-    message = "The teacher has 2 layers, the student 1: set `distillation_value_relations=0`, or take a teacher with as many."
+    message = (
+        "The teacher has 1 layers, the student 2: set `distillation_value_relations=0`, or take a teacher with as many or "
+        "more."
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        value_relations_loss([student], [teacher] * 2, mask)
+        value_relations_loss([student] * 2, [teacher], mask)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "followed"), [(1, [6]), (2, [3, 6]), (3, [2, 4, 6]), (4, [2, 3, 5, 6]), (6, [1, 2, 3, 4, 5, 6])]
+)
+def test_a_student_with_fewer_layers_follows_evenly_spaced_ones(num_layers, followed):
+    embeddings, layers = torch.zeros(1, 2, 3), [torch.full((1, 2, 3), float(i)) for i in range(1, 7)]
+    assert [layer[0, 0, 0].item() for layer in taught_by(layers, num_layers)] == followed
+    student = [embeddings] * (num_layers + 1)
+    expected = sum(i**2 for i in followed) / num_layers
+    assert hidden_states_loss(student, [embeddings, *layers], None).item() == pytest.approx(expected)
+    values = [torch.randn(1, 2, 3) for _ in range(6)]
+    taught = [values[i - 1] for i in followed]
+    assert value_relations_loss(taught, values, None).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_values_are_recorded_while_the_block_lasts():
@@ -90,10 +108,12 @@ def test_shapes_that_differ_are_refused():
         logits_loss(torch.zeros(2, 3), torch.zeros(2, 4), 2.0)
     message = (
         "The teacher has 2 layers of width 8, the student 1 of 4: set `distillation_hidden_states=0`, or take a teacher of "
-        "the same shape."
+        "the same width, with as many layers or more."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         hidden_states_loss([torch.zeros(1, 2, 4)] * 2, [torch.zeros(1, 2, 8)] * 3, None)
+    with pytest.raises(ValueError, match="^The teacher has 1 layers of width 4, the student 2 of 4: "):
+        hidden_states_loss([torch.zeros(1, 2, 4)] * 3, [torch.zeros(1, 2, 4)] * 2, None)
 
 
 def distilling(tmp_path, student, teacher, **options):
