@@ -122,7 +122,6 @@ def plot_panels(
             shift = (i - (len(points) - 1) / 2) * step
             _error_bars(axes, names.index(name), name, table, shift, is_control=name.split(",")[0] == "random")
         axes.set(title=title, xlabel=x_label, ylabel=quality if axes is grid[0] else "")
-        axes.tick_params(labelbottom=True)  # the panel below may be missing
         finish_lines(axes)
         axes.get_legend().remove()
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

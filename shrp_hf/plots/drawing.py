@@ -58,6 +58,8 @@ def new_panels(count: int, size: tuple[float, float], legend_width: float = 0.0)
     axes.remove()
     share_y = legend_width == 0
     grid = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten().tolist()
+    for axes in grid[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)  # nothing stands below it
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]
@@ -74,9 +76,18 @@ def finish_lines(axes: "Axes") -> None:
 
 def write_figure(figure: "Figure", path: str | Path) -> Path:
     """Writes a figure whole or not at all, and returns where."""
+    from PIL import Image  # matplotlib needs it too
+
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    image_format = target.suffix[1:] or "png"
     # Several processes may draw one picture: runs of a comparison that end at the same time.
     with written_whole(target) as partial:
-        figure.savefig(partial, dpi=DPI, format=target.suffix[1:] or "png")
+        figure.savefig(partial, dpi=DPI, format=image_format)
+        if image_format == "png":
+            # A third of the size: pages carry their pictures inside, and a drawing has few colours.
+            with Image.open(partial) as image:
+                image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+                    partial, format="png", dpi=(DPI, DPI), optimize=True
+                )
     return target
