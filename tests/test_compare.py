@@ -225,6 +225,9 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     assert f"| {mean:.4f} ± {margin:.4f} |" in line
     assert line.endswith("| 2.00x |")
     page = written["report.html"].read_text(encoding="utf-8")
+    model = Path(json.loads((compared / "cells" / "dense-seed0.json").read_text(encoding="utf-8"))["settings"]["model"])
+    assert str(model) not in page  # it is made to be sent
+    assert f"model: directory {model.parent.name}/{model.name}" in page
     assert page.count("data:image/png;base64,") == len([name for name in written if name.endswith(".png")])
     assert page.count('style="width: ') == page.count("data:image/png;base64,")  # letters of one size
     assert not re.search(r"https?://|src=\"(?!data:)|href=|@import", page)

@@ -10,6 +10,7 @@ from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
 from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, rows_of, table_of
 from shrp_hf.plots.drawing import DPI
+from shrp_hf.record import source_name
 from shrp_hf.report import write_text
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -56,6 +57,8 @@ def html_report(rows: Sequence[Row], headline: str, figures: Sequence[Path]) -> 
     cell: Cell = rows[0].cells[0] if rows else {}
     settings = cell.get("settings", {})
     task = html.escape(str(settings.get("task", "")))
+    # The page is made to be sent: of a directory it tells two names, not where it lies.
+    facts = settings | {"model": source_name(settings["model"])} if settings else {}
     titles, *lines = table_of(rows, headline)
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>\n" for line in lines)
@@ -71,7 +74,7 @@ model. "Examples" are those trained on after the dense model. {_timed(rows)}</p>
 <h2>All results</h2>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
-<h2>What holds for every cell</h2>{_facts({k: v for k, v in settings.items() if k != "recipe"} | cell.get("versions", {}))}
+<h2>What holds for every cell</h2>{_facts({k: v for k, v in facts.items() if k != "recipe"} | cell.get("versions", {}))}
 {"".join(f"<h2>Recipe {html.escape(name)}</h2>{_facts(recipe)}" for name, recipe in _recipes(rows).items())}
 </body></html>
 """
