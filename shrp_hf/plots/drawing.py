@@ -58,8 +58,8 @@ def new_panels(count: int, size: tuple[float, float], legend_width: float = 0.0)
     axes.remove()
     share_y = legend_width == 0
     grid = figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flatten().tolist()
-    for axes in grid[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)  # nothing stands below it
+    for axes in grid[:count]:
+        axes.tick_params(labelbottom=True)  # the panel below may be missing
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]
