@@ -37,12 +37,15 @@ def logits_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 def taught_by(teacher: Sequence[torch.Tensor], num_layers: int) -> list[torch.Tensor]:
     """The teacher's layers that a student of `num_layers` follows: evenly spaced, the last by the last.
 
-    Layer i of k follows layer ceil(i n / k) of n, counted from 1 (TinyBERT, Jiao et al. 2020, its uniform map). As many
-    layers follow one another.
+    Layer i of k follows layer ceil(i n / k) of n, counted from 1 (TinyBERT, Jiao et al. 2020, its uniform map); where
+    k is n, each its own.
 
     Args:
-        teacher: One tensor per layer, embeddings left out.
+        teacher: One tensor per layer, of any shape, embeddings left out.
         num_layers: Layers of the student, at most the teacher's.
+
+    Returns:
+        `num_layers` of the teacher's tensors.
     """
     return [teacher[-(-i * len(teacher) // num_layers) - 1] for i in range(1, num_layers + 1)]
 

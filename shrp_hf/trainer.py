@@ -51,7 +51,8 @@ class ShrpTrainer(FiniteTrainer):
         processing_class: As in Trainer.
         model_init: As in Trainer.
         teacher: A model with the same labels that the student follows: its logits, hidden states and value
-            relations, each with its weight in the arguments.
+            relations, each with its weight in the arguments. For the last two it has as many layers or more, and for
+            hidden states the same width.
         **kwargs: As in Trainer.
 
     Raises:
