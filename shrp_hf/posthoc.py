@@ -123,9 +123,15 @@ def prune_posthoc(
         Path of the report.
 
     Raises:
-        ValueError: An option is out of range or does not suit the selector, or a model was not fine-tuned on this task.
+        ValueError: An option is out of range or does not suit the selector, a teacher would teach nothing, or a model was
+            not fine-tuned on this task.
     """
     recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs)
+    if options.teacher is not None and not (options.recovery_epochs and recipe.distils):
+        raise ValueError(
+            f"`teacher` {options.teacher!r} would teach nothing: give `recovery_epochs`, and a recipe in which the model is "
+            f"taught (default), got recovery_epochs={options.recovery_epochs:g} and recipe={options.recipe!r}."
+        )
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = _fine_tuned(model_name, task)

@@ -167,9 +167,16 @@ def test_prune_refuses_a_teacher_of_another_task_and_an_unknown_recipe(plain, da
     task = load_task("sst2", data_dir)
     message = f"`{three}` predicts 3 labels, but the task 'sst2' has 2: give a model that was fine-tuned on it."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, teacher=str(three)))
+        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, teacher=str(three), recovery_epochs=1))
     with pytest.raises(ValueError, match="^`recipe` must be one of default, paper, got 'mine'.$"):
         prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, recipe="mine"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"recovery_epochs": 1, "recipe": "paper"}])
+def test_prune_refuses_a_teacher_that_would_teach_nothing(options, plain, data_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"^`teacher` .* would teach nothing: give `recovery_epochs`, and a recipe"):
+        prune_posthoc(plain, load_task("sst2", data_dir), tmp_path / "out", PruneOptions(keep=0.5, teacher=plain, **options))
     assert not (tmp_path / "out").exists()
 
 
