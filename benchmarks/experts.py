@@ -2,10 +2,10 @@
 
     python -m benchmarks.experts --dense DIR --dataset stsb --data-dir DIR --choices his,random --seed 2 --output out/experts
 
-All layers but the first are converted at once, one expert each: the head of the highest importance in the dense model
-(HIS), or one drawn by the seed. The static model then trains on as many examples as SHRP with its routers does, at the
-same rates and taught alike: as long as the two stages, then the recovery. Every choice is a file, so a run that was
-interrupted goes on.
+All layers but the first are converted at once, with one expert each or more: the heads of the highest importance in the
+dense model (HIS), or some drawn by the seed. The static model then trains on as many examples as SHRP with its routers
+does, at the same rates and taught alike: as long as the two stages, then the recovery. Every choice is a file, so a run
+that was interrupted goes on.
 """
 
 import argparse
@@ -33,24 +33,26 @@ from shrp_hf.tasks.loading import load_task
 CALIBRATION_ROWS = 1024
 
 
-def choose(choice: str, dense: PreTrainedModel, setup: Setup) -> list[int]:
-    """One head of every layer."""
+def choose(choice: str, dense: PreTrainedModel, setup: Setup, count: int) -> list[list[int]]:
+    """`count` heads of every layer."""
     config, train = dense.config, setup.data["train"]
     if choice == "random":
         draw = random.Random(setup.seed)
-        return [draw.randrange(config.num_attention_heads) for _ in range(config.num_hidden_layers)]
+        return [draw.sample(range(config.num_attention_heads), count) for _ in range(config.num_hidden_layers)]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(setup.seed))
     rows = train.select(order[:CALIBRATION_ROWS].tolist())
     batches = DataLoader(rows, setup.batch_size, collate_fn=DataCollatorWithPadding(setup.tokenizer))
-    return collect_head_stats(dense, batches, StatsRequest(importance=True)).importance().argmax(dim=1).tolist()
+    importance = collect_head_stats(dense, batches, StatsRequest(importance=True)).importance()
+    return importance.topk(count, dim=1).indices.tolist()
 
 
-def static_model(dense: PreTrainedModel, experts: list[int]) -> PreTrainedModel:
-    """Converts all layers but the first; each keeps its expert."""
+def static_model(dense: PreTrainedModel, experts: list[list[int]]) -> PreTrainedModel:
+    """Converts all layers but the first; each keeps its experts."""
     model = to_shrp(dense)
     total, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
     model.convert_layers_(list(range(1, total)))
-    return prune_heads(model, KeepPlan((tuple(range(num_heads)), *((expert,) for expert in experts[1:])), num_heads))
+    kept = [range(num_heads), *map(sorted, experts[1:])]
+    return prune_heads(model, KeepPlan(tuple(map(tuple, kept)), num_heads))
 
 
 def main() -> None:
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--choices", default="his,random", help="his, random")
+    parser.add_argument("--experts", type=int, default=1, help="experts of a layer")
     parser.add_argument("--examples-per-epoch", type=int, help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
@@ -80,11 +83,12 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"| experts by | experts | {task.headline}, {task.reported} | held out |\n|---|---|---:|---:|")
     for choice in args.choices.split(","):
-        path = args.output / f"{choice}-seed{args.seed}.json"
+        name = f"{choice}{args.experts}-seed{args.seed}"
+        path = args.output / f"{name}.json"
         if not path.exists():
             set_seed(args.seed)
             dense, copy = (AutoModelForSequenceClassification.from_pretrained(args.dense).eval() for _ in range(2))
-            experts = choose(choice, dense, setup)
+            experts = choose(choice, dense, setup, args.experts)
             recipe = RECIPES["default"]
             stages = recipe.balance_epochs_per_layer * (len(experts) - 1) + recipe.specialise_epochs
             model = fine_tune(
@@ -92,13 +96,13 @@ def main() -> None:
                 setup,
                 stages,
                 recipe.learning_rate,
-                name=f"{choice}-seed{args.seed}-stages",
+                name=f"{name}-stages",
                 teacher=dense,
                 expander_learning_rate=recipe.expander_learning_rate,
                 distillation_logits=recipe.distillation_logits,
                 distillation_hidden_states=recipe.distillation_hidden_states,
             )
-            model = recover(model, dense, setup, recipe, name=f"{choice}-seed{args.seed}-recovery")
+            model = recover(model, dense, setup, recipe, name=f"{name}-recovery")
             scores = {split: evaluate_on(model, data[split], task, tokenizer) for split in ("test", "validation")}
             write_text(path, json.dumps({"choice": choice, "seed": args.seed, "experts": experts, **scores}, indent=1) + "\n")
         found = json.loads(path.read_text(encoding="utf-8"))
