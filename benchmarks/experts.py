@@ -11,6 +11,7 @@ that was interrupted goes on.
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,19 +24,21 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.tries import static_model
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
-from shrp_hf.plan import KeepPlan
-from shrp_hf.recipes import RECIPES, Setup, fine_tune, recover
+from shrp_hf.recipes import RECIPES, Setup, recover
 from shrp_hf.report import evaluate_on, write_text
-from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.tasks.loading import load_task
 
+CHOICES = ("his", "random")
 CALIBRATION_ROWS = 1024
 
 
 def choose(choice: str, dense: PreTrainedModel, setup: Setup, count: int) -> list[list[int]]:
     """`count` heads of every layer."""
     config, train = dense.config, setup.data["train"]
+    if not 1 <= count <= config.num_attention_heads:
+        raise ValueError(f"`experts` must be between 1 and {config.num_attention_heads}, got {count}.")
     if choice == "random":
         draw = random.Random(setup.seed)
         return [draw.sample(range(config.num_attention_heads), count) for _ in range(config.num_hidden_layers)]
@@ -44,15 +47,6 @@ def choose(choice: str, dense: PreTrainedModel, setup: Setup, count: int) -> lis
     batches = DataLoader(rows, setup.batch_size, collate_fn=DataCollatorWithPadding(setup.tokenizer))
     importance = collect_head_stats(dense, batches, StatsRequest(importance=True)).importance()
     return importance.topk(count, dim=1).indices.tolist()
-
-
-def static_model(dense: PreTrainedModel, experts: list[list[int]]) -> PreTrainedModel:
-    """Converts all layers but the first; each keeps its experts."""
-    model = to_shrp(dense)
-    total, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
-    model.convert_layers_(list(range(1, total)))
-    kept = [range(num_heads), *map(sorted, experts[1:])]
-    return prune_heads(model, KeepPlan(tuple(map(tuple, kept)), num_heads))
 
 
 def main() -> None:
@@ -68,6 +62,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    if unknown := set(args.choices.split(",")) - set(CHOICES):
+        parser.error(f"--choices must be of {', '.join(CHOICES)}, got {', '.join(sorted(unknown))}")
     task = load_task(args.dataset, args.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
     data = task.tokenize(tokenizer)
@@ -90,18 +86,10 @@ def main() -> None:
             dense, copy = (AutoModelForSequenceClassification.from_pretrained(args.dense).eval() for _ in range(2))
             experts = choose(choice, dense, setup, args.experts)
             recipe = RECIPES["default"]
-            stages = recipe.balance_epochs_per_layer * (len(experts) - 1) + recipe.specialise_epochs
-            model = fine_tune(
-                static_model(copy, experts),
-                setup,
-                stages,
-                recipe.learning_rate,
-                name=f"{name}-stages",
-                teacher=dense,
-                expander_learning_rate=recipe.expander_learning_rate,
-                distillation_logits=recipe.distillation_logits,
-                distillation_hidden_states=recipe.distillation_hidden_states,
-            )
+            epochs = recipe.balance_epochs_per_layer * (len(experts) - 1) + recipe.specialise_epochs
+            stages = replace(recipe, recovery_epochs=epochs, recovery_learning_rate=recipe.learning_rate)
+            model = static_model(copy, {layer: heads for layer, heads in enumerate(experts) if layer})
+            model = recover(model, dense, setup, stages, name=f"{name}-stages")
             model = recover(model, dense, setup, recipe, name=f"{name}-recovery")
             scores = {split: evaluate_on(model, data[split], task, tokenizer) for split in ("test", "validation")}
             write_text(path, json.dumps({"choice": choice, "seed": args.seed, "experts": experts, **scores}, indent=1) + "\n")

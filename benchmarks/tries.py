@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,15 +54,20 @@ TRIES: dict[str, tuple[int, dict, str, bool]] = {
 }
 
 
-def static_model(dense: PreTrainedModel, stays: int, seed: int) -> PreTrainedModel:
-    """Converts all layers but `stays` and keeps one expert of each, drawn by the seed."""
+def static_model(dense: PreTrainedModel, experts: Mapping[int, Sequence[int]]) -> PreTrainedModel:
+    """Converts the layers that `experts` names, each of which keeps its own; the other layers stay as they are."""
     model = to_shrp(dense)
-    total, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
-    stays %= total
-    model.convert_layers_([i for i in range(total) if i != stays])
-    draw = random.Random(seed)
-    kept = [range(num_heads) if i == stays else (draw.randrange(num_heads),) for i in range(total)]
+    num_heads = model.config.num_attention_heads
+    model.convert_layers_(sorted(experts))
+    kept = [sorted(experts.get(i, range(num_heads))) for i in range(model.config.num_hidden_layers)]
     return prune_heads(model, KeepPlan(tuple(map(tuple, kept)), num_heads))
+
+
+def drawn_experts(dense: PreTrainedModel, stays: int, seed: int) -> dict[int, list[int]]:
+    """One expert of every layer but `stays`."""
+    config, draw = dense.config, random.Random(seed)
+    layers = [i for i in range(config.num_hidden_layers) if i != stays % config.num_hidden_layers]
+    return {layer: [draw.randrange(config.num_attention_heads)] for layer in layers}
 
 
 @torch.no_grad()
@@ -104,7 +109,7 @@ def run_try(
     stays, changes, start, is_taught = TRIES[name]
     set_seed(seed)
     dense = load()
-    model = static_model(load(), stays, seed)
+    model = static_model(load(), drawn_experts(dense, stays, seed))
     if start == "least squares":
         rows = setup.data["train"].shuffle(seed=seed).select(range(min(768, len(setup.data["train"]))))
         fit_expanders_(model, dense, DataLoader(rows, 32, collate_fn=DataCollatorWithPadding(tokenizer)))
