@@ -30,6 +30,9 @@ METHODS = {
     "shrp": "SHRP: the heads of the expert layers became experts behind a router that picks one for each sequence; after "
     "training the most used experts stayed, the router went, and one small shared expander stands where the "
     "feed-forward network was.",
+    "shrp-without-routers": "SHRP without routers: in the converted layers the heads that scored best in the dense model "
+    "(`expert_selector` under the settings) became the experts at once, and one small shared expander stands where the "
+    "feed-forward network was.",
     "hies": f"HIES. {_HEADS_SCORED}gradient importance and attention entropy together; the lowest went.",
     "his": f"HIS. {_HEADS_SCORED}the gradient of the loss with respect to the head's mask; the lowest went.",
     "cahp": "CAHP: heads were clustered over the whole model by how they tell the classes apart; the most important head "
@@ -60,7 +63,7 @@ _HIS = """@inproceedings{michel2019sixteen,
   author = {Michel, Paul and Levy, Omer and Neubig, Graham},
   booktitle = {Advances in Neural Information Processing Systems}, volume = {32}, year = {2019}
 }"""
-CITATIONS = {"shrp": _SHRP, "usage": _SHRP, "hies": _HIES, "cahp": _CAHP, "his": _HIS}
+CITATIONS = {"shrp": _SHRP, "shrp-without-routers": _SHRP, "usage": _SHRP, "hies": _HIES, "cahp": _CAHP, "his": _HIS}
 
 
 def write_card(folder: str | Path, record: RunRecord | None = None) -> Path:

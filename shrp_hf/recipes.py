@@ -8,12 +8,22 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
-from shrp_hf.surgery import to_shrp
+from shrp_hf.budget import Budget
+from shrp_hf.plan import KeepPlan
+from shrp_hf.selectors import SELECTORS
+from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.usage import plan_by_usage
+
+EXPERT_SELECTORS = ("usage", "his", "hies", "entropy", "magnitude", "random")
+"""What may choose the experts that stay: the usage of trained routers (SHRP), or scores of the heads of the dense model."""
+CALIBRATION_SAMPLES = 1024
+"""Training rows on which a conversion without routers scores the heads."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +42,15 @@ class Recipe:
         expander_learning_rate: Of routers and expanders, which begin without training; None: as the others.
         balance_coef: Weight of the balance loss in stage "balance".
         experts_per_sequence: Top-k of the routers.
+        expert_selector: A name in `EXPERT_SELECTORS`. "usage": routers choose the experts in training, as in SHRP. Another:
+            the best heads of each layer by that score in the dense model are its experts from the start, without routers,
+            all layers at once, trained for as many epochs (ours, not the paper's).
         distillation_logits: Weight of the teacher's logits. With this and the next two at 0 nobody teaches.
         distillation_hidden_states: Weight of the teacher's hidden states.
         distillation_value_relations: Weight of the teacher's value relations.
+
+    Raises:
+        ValueError: There is no such `expert_selector`.
     """
 
     name: str
@@ -46,9 +62,23 @@ class Recipe:
     expander_learning_rate: float | None = None
     balance_coef: float = 0.1
     experts_per_sequence: int = 1
+    expert_selector: str = "usage"
     distillation_logits: float = 0.0
     distillation_hidden_states: float = 0.0
     distillation_value_relations: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.expert_selector not in EXPERT_SELECTORS:
+            raise ValueError(f"`expert_selector` must be one of {', '.join(EXPERT_SELECTORS)}, got {self.expert_selector!r}.")
+
+    @property
+    def routes(self) -> bool:
+        """Whether routers choose the experts."""
+        return self.expert_selector == "usage"
+
+    def conversion_epochs(self, num_layers: int) -> float:
+        """Epochs from the dense model to converted layers, before the recovery."""
+        return self.balance_epochs_per_layer * num_layers + self.specialise_epochs
 
     @property
     def distils(self) -> bool:
@@ -195,23 +225,29 @@ def recover(
 
 
 def convert(
-    dense: PreTrainedModel, layers: Sequence[int], setup: Setup, recipe: Recipe, *, name: str = "convert"
+    dense: PreTrainedModel, layers: Sequence[int], setup: Setup, recipe: Recipe, *, keep: int = 1, name: str = "convert"
 ) -> PreTrainedModel:
-    """Converts layers of a copy of `dense` through both stages; usage is counted on the held-out rows.
+    """Converts layers of a copy of `dense`: with routers through both stages, or at once to the heads that score best.
 
     Args:
         dense: The fine-tuned dense model, which also teaches where the recipe says so.
         layers: Indices of the layers.
         setup: What all trainings of the run share.
         recipe: How.
+        keep: Experts of each layer, where no routers choose them.
         name: Name of the training, for its checkpoints.
 
     Returns:
-        The routed model.
+        The routed model, its usage counted on the held-out rows; or, without routers, the static one.
 
     Raises:
-        ValueError: See `ShrpTrainer`; for example a layer is out of range.
+        ValueError: `keep` is out of range, or see `ShrpTrainer`; for example a layer is out of range.
     """
+    if not recipe.routes:
+        static = prune_heads(_converted(dense, layers), best_experts(dense, layers, setup, recipe.expert_selector, keep))
+        epochs = recipe.conversion_epochs(len(layers))
+        training = replace(recipe, recovery_epochs=epochs, recovery_learning_rate=recipe.learning_rate)
+        return recover(static, dense, setup, training, name=name)
     args = setup.arguments(
         name,
         expert_layers=list(layers),
@@ -228,6 +264,47 @@ def convert(
     model = setup.train(trainer)
     trainer.count_usage(setup.data["validation"])
     return model
+
+
+def best_experts(dense: PreTrainedModel, layers: Sequence[int], setup: Setup, selector: str, keep: int = 1) -> KeepPlan:
+    """Chooses, in each of `layers`, the heads of the dense model that score best; other layers keep theirs.
+
+    Args:
+        dense: The fine-tuned dense model.
+        layers: Indices of the layers.
+        setup: Its training rows are those that heads are scored on, `CALIBRATION_SAMPLES` of them drawn by its seed.
+        selector: A name in `EXPERT_SELECTORS`, but "usage".
+        keep: Heads of each layer.
+
+    Raises:
+        ValueError: `keep` is out of range.
+    """
+    config, train = dense.config, setup.data["train"]
+    if not 1 <= keep <= config.num_attention_heads:
+        raise ValueError(f"`keep` must be between 1 and {config.num_attention_heads} experts, got {keep}.")
+    others = [layer for layer in range(config.num_hidden_layers) if layer not in layers]
+    options: dict[str, Any] = {"seed": setup.seed} if selector == "random" else {}
+    chooser = SELECTORS[selector](budget=Budget.heads(keep * len(layers)), per_layer=True, frozen_layers=others, **options)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(setup.seed))
+    rows = train.select(order[:CALIBRATION_SAMPLES].tolist())
+    batches = DataLoader(rows, setup.batch_size, collate_fn=DataCollatorWithPadding(setup.tokenizer))
+    return chooser.select(dense.to("cuda" if torch.cuda.is_available() else dense.device), batches)
+
+
+def without_routers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """Returns a converted model without routers: the `keep` most used experts of each layer stay.
+
+    Args:
+        model: From `convert`. Where no routers chose its experts it is returned as it is.
+        keep: Experts of each layer.
+    """
+    return prune_heads(model, plan_by_usage(model, model.usage(), keep=keep)) if model.config.routed else model
+
+
+def _converted(dense: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    student = to_shrp(copy.deepcopy(dense)).requires_grad_(True)  # a dense model that taught before comes frozen
+    student.convert_layers_(list(layers))
+    return student
 
 
 def _trainer(

@@ -16,13 +16,13 @@ from transformers import (
 from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plots import plot_usage
-from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover
+from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.surgery import to_shrp
 from shrp_hf.tasks.task import Task
-from shrp_hf.usage import plan_by_usage, usage_table
+from shrp_hf.usage import usage_table
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class Workflow:
     Args:
         model_name: Hub id or directory of a plain checkpoint with its tokenizer.
         task: What to learn.
-        output: Directory for `dense`, `routed`, `static` (each a loadable model), `report.md` and pictures.
+        output: Directory for `dense`, `routed` (`converted` where the recipe has no routers), `static` (each a loadable
+            model), `report.md` and pictures.
         options: How to train.
 
     Raises:
@@ -89,13 +90,15 @@ class Workflow:
         """Does the whole job; returns the path of the report."""
         say("1/4 fine-tuning the dense model")
         dense = self._stage("dense", self._train_dense)
-        say("2/4 converting layers and letting experts specialise")
-        routed = self._stage("routed", lambda: self._train_routed(dense))
+        routes = self.options.recipe.routes
+        say("2/4 converting layers" + (" and letting experts specialise" if routes else " to the heads that score best"))
+        name = "routed" if routes else "converted"
+        converted = self._stage(name, lambda: self._convert(dense, name))
         say("3/4 pruning, saving, opening the result in a new process")
-        static = self._stage("static", lambda: self._prune(dense, routed))
+        static = self._stage("static", lambda: self._prune(dense, converted))
         check_reopened(self.output / "static", static, self.data["test"], self.tokenizer)
         say("4/4 measuring")
-        return self.report({"dense": dense, "routed": routed, "static": static})
+        return self.report({"dense": dense, name: converted, "static": static})
 
     def _stage(self, name: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return kept_model(self.output / name, self.tokenizer, make)
@@ -107,27 +110,25 @@ class Workflow:
         model = to_shrp(stock)
         return fine_tune(model, self.setup, options.dense_epochs, options.dense_learning_rate, name="dense")
 
-    def _train_routed(self, dense: PreTrainedModel) -> PreTrainedModel:
-        total = dense.config.num_hidden_layers
-        layers = range(total - (self.options.num_expert_layers or total - 1), total)
-        return convert(dense, layers, self.setup, self.options.recipe, name="routed")
+    def _convert(self, dense: PreTrainedModel, name: str) -> PreTrainedModel:
+        options, total = self.options, dense.config.num_hidden_layers
+        layers = range(total - (options.num_expert_layers or total - 1), total)
+        return convert(dense, layers, self.setup, options.recipe, keep=options.keep, name=name)
 
-    def _prune(self, dense: PreTrainedModel, routed: PreTrainedModel) -> PreTrainedModel:
-        # The usage in the routed model was counted on held-out rows, so a run that is taken up prunes alike.
-        static = prune_heads(routed, plan_by_usage(routed, routed.usage(), keep=self.options.keep))
-        return recover(static, dense, self.setup, self.options.recipe, name="static")
+    def _prune(self, dense: PreTrainedModel, converted: PreTrainedModel) -> PreTrainedModel:
+        # The usage in a routed model was counted on held-out rows, so a run that is taken up prunes alike.
+        return recover(without_routers(converted, self.options.keep), dense, self.setup, self.options.recipe, name="static")
 
     def report(self, models: dict[str, PreTrainedModel]) -> Path:
-        """Measures the models side by side and writes `report.md` and `usage.png`; returns the report's path."""
+        """Measures the models side by side and writes `report.md` (and `usage.png`, of routers); returns the report's path."""
         scores = {name: evaluate_on(model, self.data["test"], self.task, self.tokenizer) for name, model in models.items()}
         rows = measure_models(models, scores, self.task)
-        routed, static = models["routed"], models["static"]
         record = RunRecord.of(
-            static,
+            models["static"],
             rows,
             scores,
             self.task,
-            method="shrp",
+            method="shrp" if self.options.recipe.routes else "shrp-without-routers",
             base_model=source_name(self.model_name),
             options=asdict(self.options),
             seeds=(self.options.seed,),
@@ -135,14 +136,19 @@ class Workflow:
             calibration=Rows(len(self.task.validation), "rows held out of the training set"),
         )
         write_card(self.output / "static", record)
-        plot_usage(routed.usage(), self.output / "usage.png", record.kept)
         path = self.output / "report.md"
-        text = f"""# {self.task.name}: dense, routed, static
+        text = f"""# {self.task.name}: {", ".join(models)}
 
 Base model: `{record.base_model}`. Options: `run.json`.
 
 {compare_models(rows, scores, self.task)}
-## Usage of the experts
+{self._usage(models["routed"], record) if "routed" in models else self._scored(record)}"""
+        write_text(path, text)
+        return path
+
+    def _usage(self, routed: PreTrainedModel, record: RunRecord) -> str:
+        plot_usage(routed.usage(), self.output / "usage.png", record.kept)
+        return f"""## Usage of the experts
 
 Share of held-out sequences in percent; the most used {self.options.keep} of each layer stayed.
 
@@ -154,5 +160,12 @@ Kept: {record.kept.kept}
 
 ![usage](usage.png)
 """
-        write_text(path, text)
-        return path
+
+    def _scored(self, record: RunRecord) -> str:
+        selector = self.options.recipe.expert_selector
+        return f"""## Experts
+
+No routers: the {self.options.keep} best heads of each layer in the dense model, by `{selector}`, are its experts.
+
+Kept: {record.kept.kept}
+"""

@@ -20,6 +20,11 @@ OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.
 RecipeOption = Annotated[
     str, typer.Option(help="default (the dense model teaches, and recovery after pruning) or paper (SHRP as published).")
 ]
+EXPERT_SELECTOR_HELP = (
+    "What chooses the experts: usage (of trained routers), or his, hies, entropy, magnitude, random (heads of the dense "
+    "model, without routers); default: the recipe's."
+)
+ExpertSelectorOption = Annotated[str | None, typer.Option(help=EXPERT_SELECTOR_HELP)]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 

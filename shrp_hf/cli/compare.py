@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, app, list_option
+from shrp_hf.cli.app import (
+    EXPERT_SELECTOR_HELP,
+    DataDirOption,
+    DatasetOption,
+    ModelArgument,
+    OutputOption,
+    app,
+    list_option,
+)
 
 if TYPE_CHECKING:
     from shrp_hf.compare import Comparison
@@ -45,6 +53,7 @@ def compare(
     recovery_epochs: Annotated[Any, list_option(float, "Epochs of recovery after the cut; default: the recipe's.")] = "",
     experts_per_sequence: Annotated[Any, list_option(int, "SHRP: Top-k of the routers; default: the recipe's.")] = "",
     balance_coef: Annotated[Any, list_option(float, "SHRP: weights of the balance loss; default: the recipe's.")] = "",
+    expert_selectors: Annotated[Any, list_option(str, f"SHRP: {EXPERT_SELECTOR_HELP}")] = "",
     without_random: Annotated[bool, typer.Option("--without-random", help="Leave the random control out.")] = False,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tune MODEL, once per seed; 0: it is fine-tuned.")] = 0.0,
     dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 1e-4,
@@ -89,6 +98,7 @@ def compare(
         recovery_epochs=recovery_epochs or (None,),
         experts_per_sequence=experts_per_sequence or (None,),
         balance_coefs=balance_coef or (None,),
+        expert_selectors=expert_selectors or (None,),
         without_random=without_random,
     )
     settings = Settings(

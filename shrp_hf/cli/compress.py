@@ -5,7 +5,17 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, RecipeOption, SeedOption, app, console
+from shrp_hf.cli.app import (
+    DataDirOption,
+    DatasetOption,
+    ExpertSelectorOption,
+    ModelArgument,
+    OutputOption,
+    RecipeOption,
+    SeedOption,
+    app,
+    console,
+)
 
 NOT_MET = 3
 
@@ -26,6 +36,7 @@ def compress(
     max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = 6,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning first; 0: the model is fine-tuned on this task.")] = 0.0,
     recipe: RecipeOption = "default",
+    expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Epochs of stage balance for each layer.")] = None,
     specialise_epochs: Annotated[float | None, typer.Option(help="Epochs of stage specialise.")] = None,
     recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
@@ -60,6 +71,7 @@ def compress(
         max_trials=max_trials,
         recipe=find_recipe(
             recipe,
+            expert_selector=expert_selector,
             balance_epochs_per_layer=balance_epochs_per_layer,
             specialise_epochs=specialise_epochs,
             recovery_epochs=recovery_epochs,

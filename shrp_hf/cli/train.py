@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markdown import Markdown
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, RecipeOption, SeedOption, app, console
+from shrp_hf.cli.app import (
+    DataDirOption,
+    DatasetOption,
+    ExpertSelectorOption,
+    ModelArgument,
+    OutputOption,
+    RecipeOption,
+    SeedOption,
+    app,
+    console,
+)
 
 if TYPE_CHECKING:
     from shrp_hf.tasks import Task
@@ -24,6 +34,7 @@ def train(
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
     recipe: RecipeOption = "default",
+    expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Epochs of stage balance for each layer.")] = None,
     specialise_epochs: Annotated[float | None, typer.Option(help="Epochs of stage specialise.")] = None,
     recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
@@ -36,8 +47,9 @@ def train(
 ) -> None:
     """Fine-tunes, converts (SHRP), prunes and saves a model, and reports what it cost and brought.
 
-    Writes `dense`, `routed` and `static`, each a loadable model, with `report.md` and `usage.png`. Started again after an
-    interruption, it takes up what is there.
+    Writes `dense`, `routed` and `static`, each a loadable model, with `report.md` and `usage.png`; without routers
+    (`--expert-selector his`) `converted` stands for `routed`, and there is no picture. Started again after an interruption,
+    it takes up what is there.
 
     Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
     """
@@ -51,6 +63,7 @@ def train(
         keep=keep,
         recipe=find_recipe(
             recipe,
+            expert_selector=expert_selector,
             balance_epochs_per_layer=balance_epochs_per_layer,
             specialise_epochs=specialise_epochs,
             recovery_epochs=recovery_epochs,
@@ -96,6 +109,8 @@ def _demo_model() -> Path:
 def _run(model: str, task: "Task", output: Path, workflow_options: "WorkflowOptions") -> None:
     from shrp_hf.workflow import Workflow
 
+    routes = workflow_options.recipe.routes
     report = Workflow(model, task, output, workflow_options).run(say=lambda text: console.rule(text))
     console.print(Markdown(report.read_text(encoding="utf-8")))
-    console.print(f"Written to {output}: dense, routed, static, report.md, usage.png.")
+    names = "dense, routed, static, report.md, usage.png" if routes else "dense, converted, static, report.md"
+    console.print(f"Written to {output}: {names}.")

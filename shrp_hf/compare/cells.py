@@ -30,13 +30,12 @@ from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
-from shrp_hf.recipes import Recipe, Setup, convert, fine_tune, recover
+from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
 from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.usage import plan_by_usage
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,8 @@ class Worker:
         batches = DataLoader(rows, self.settings.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))
         path = self._stats_file(job.fields["statistics"], job.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        collect_head_stats(self._dense(job.seed), batches, request, cache=path)
+        model = self._dense(job.seed)
+        collect_head_stats(model.to("cuda" if torch.cuda.is_available() else "cpu"), batches, request, cache=path)
         return {"rows": len(rows)}
 
     def _do_plan(self, job: Job) -> dict[str, Any]:
@@ -231,14 +231,15 @@ class Worker:
     def _do_convert(self, job: Job) -> dict[str, Any]:
         dense, setup, recipe = self._dense(job.seed), self._setup(job), job.recipe
         total = dense.config.num_hidden_layers
-        model = convert(dense, range(total - job.fields["layers"], total), setup, recipe, name=job.key)
+        layers = range(total - job.fields["layers"], total)
+        model = convert(dense, layers, setup, recipe, keep=job.fields.get("experts", 1), name=job.key)
         self._save(model, job.key)
-        return {"train_examples": self._num_examples(setup, _conversion_epochs(recipe, job.fields["layers"]))}
+        return {"train_examples": self._num_examples(setup, recipe.conversion_epochs(len(layers)))}
 
     def _do_shorten(self, job: Job) -> dict[str, Any]:
         dense, setup, count = self._dense(job.seed), self._setup(job), job.fields["layers"]
         # As many examples as the conversion of the layers that are gone.
-        epochs = _conversion_epochs(job.recipe, dense.config.num_hidden_layers - count)
+        epochs = job.recipe.conversion_epochs(dense.config.num_hidden_layers - count)
         model = recover(first_layers(dense, count), dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
         self._save(model, job.key)
         return {"train_examples": self._num_examples(setup, epochs)}
@@ -260,9 +261,7 @@ class Worker:
         if part["key"].startswith("shorten"):
             return self._saved(part["key"]), {}
         if part["key"].startswith("convert"):
-            routed = self._saved(part["key"])
-            plan = plan_by_usage(routed, routed.usage(), keep=job.fields["experts"])
-            return prune_heads(routed, plan), {}
+            return without_routers(self._saved(part["key"]), job.fields["experts"]), {}
         source = self._saved(part["key"]) if job.fields["method"] == "dsp" else dense
         return prune_heads(source, KeepPlan(part["kept"], part["num_heads"])), {"alpha": part.get("alpha")}
 
@@ -338,10 +337,6 @@ class Worker:
             "flops": count_flops(model, batch_size, length),
             "flops_shape": [batch_size, length],
         }
-
-
-def _conversion_epochs(recipe: Recipe, num_layers: int) -> float:
-    return recipe.balance_epochs_per_layer * num_layers + recipe.specialise_epochs
 
 
 def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 from shrp_hf.budget import KNEE_DEGREES
@@ -80,6 +81,8 @@ class Grid:
         recovery_epochs: Epochs of recovery after the cut; None: the recipe's own.
         experts_per_sequence: Top-k of the routers; None: the recipe's own.
         balance_coefs: Weights of the balance loss; None: the recipe's own.
+        expert_selectors: What chooses the experts, names in `EXPERT_SELECTORS`; None: the recipe's own. Top-k and balance
+            loss are the routers', and make no difference to the others.
         without_random: Leave the control out.
     """
 
@@ -95,6 +98,7 @@ class Grid:
     recovery_epochs: Sequence[float | None] = (None,)
     experts_per_sequence: Sequence[int | None] = (None,)
     balance_coefs: Sequence[float | None] = (None,)
+    expert_selectors: Sequence[str | None] = (None,)
     without_random: bool = False
 
     @property
@@ -122,7 +126,8 @@ class Grid:
             if isinstance(values, Sequence) and len(set(values)) != len(values):
                 twice = next(value for value in values if list(values).count(value) > 1)
                 raise ValueError(f"`{name}` names {twice!r} twice, got {list(values)}: leave one out.")
-        for name in ("seeds", "recipes", "recovery_epochs", "experts", "experts_per_sequence", "balance_coefs"):
+        several = ("recovery_epochs", "experts", "experts_per_sequence", "balance_coefs", "expert_selectors")
+        for name in ("seeds", "recipes", *several):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must hold at least one value, got none.")
         has_budget = bool(self.keep or self.heads or self.knee_degrees)
@@ -175,7 +180,8 @@ class Grid:
 
     def _check_training(self, shape: ModelShape) -> None:
         for recipe in self.recipes:
-            find_recipe(recipe)  # raises
+            for selector in self.expert_selectors:
+                find_recipe(recipe, expert_selector=selector)  # raises
         for name in ("recovery_epochs", "balance_coefs"):
             for value in getattr(self, name):
                 if value is not None and not 0 <= value < float("inf"):
@@ -246,27 +252,28 @@ class Grid:
 
     def _variants(self) -> Iterator[Recipe]:
         for name in self.recipes:
-            for top in self.experts_per_sequence:
-                for coef in self.balance_coefs:
-                    yield find_recipe(name, experts_per_sequence=top, balance_coef=coef)
+            for selector in self.expert_selectors:
+                recipe = find_recipe(name, expert_selector=selector)
+                for top, coef in product(self.experts_per_sequence, self.balance_coefs) if recipe.routes else [(None, None)]:
+                    yield find_recipe(name, expert_selector=selector, experts_per_sequence=top, balance_coef=coef)
 
     def _converted(self, seed: int) -> Iterator[Job]:
-        for count in self.expert_layers:
-            for recipe in self._variants():
-                variant = f"top{recipe.experts_per_sequence}-coef{recipe.balance_coef:g}"
-                routed = Job(
-                    key=f"convert-layers{count}-{recipe.name}-{variant}-seed{seed}",
-                    kind="convert",
-                    needs=(f"dense-seed{seed}",),
-                    seed=seed,
-                    fields={"layers": count},
-                    recipe=recipe,
-                )
-                yield routed
-                for experts in self.experts:
-                    fields = {"method": "shrp", "budget": "layers", "value": count, "experts": experts}
-                    base = f"shrp-layers{count}-experts{experts}-{variant}"
-                    yield from self._recovered(base, routed, recipe, fields)
+        for count, recipe, experts in product(self.expert_layers, self._variants(), self.experts):
+            variant, shape = f"by-{recipe.expert_selector}", f"layers{count}-experts{experts}"
+            fields: dict[str, Any] = {"method": "shrp", "budget": "layers", "value": count, "experts": experts}
+            if recipe.routes:  # one conversion serves every number of experts
+                variant, shape = f"top{recipe.experts_per_sequence}-coef{recipe.balance_coef:g}", f"layers{count}"
+            converted = Job(
+                key=f"convert-{shape}-{recipe.name}-{variant}-seed{seed}",
+                kind="convert",
+                needs=(f"dense-seed{seed}",),
+                seed=seed,
+                fields={"layers": count} if recipe.routes else {"layers": count, "experts": experts},
+                recipe=recipe,
+            )
+            yield converted
+            fields["expert_selector"] = recipe.expert_selector
+            yield from self._recovered(f"shrp-layers{count}-experts{experts}-{variant}", converted, recipe, fields)
 
     def _truncated(self, seed: int) -> Iterator[Job]:
         for count in self.truncate:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
-from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, rows_of, table_of
+from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, routing_of, rows_of, table_of
 from shrp_hf.plots.drawing import DPI
 from shrp_hf.record import source_name
 from shrp_hf.report import write_text
@@ -109,6 +109,5 @@ def _recipes(rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
     for row in rows:
         recipe = row.cells[0]["settings"]["recipe"]
         if recipe:
-            variant = f"top-{recipe['experts_per_sequence']}, balance {recipe['balance_coef']:g}"
-            recipes.setdefault(f"{recipe['name']} ({variant})", recipe)
+            recipes.setdefault(f"{recipe['name']} ({routing_of(recipe)})", recipe)
     return recipes

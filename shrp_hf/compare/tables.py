@@ -13,7 +13,7 @@ from typing import Any
 Cell = Mapping[str, Any]
 Timings = Mapping[str, Mapping[str, Any]]
 
-_IDENTITY = ("method", "budget", "value", "experts", "recipe", "recovery_epochs")
+_IDENTITY = ("method", "budget", "value", "experts", "expert_selector", "recipe", "recovery_epochs")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,20 @@ def name_of(cell: Cell) -> str:
     if method == "shrp":
         name = f"shrp, {value} layers, {cell['experts']} experts each"
         settings = cell["settings"]["recipe"]
-        name += f", top-{settings['experts_per_sequence']}, balance {settings['balance_coef']:g}"
+        name += f", {routing_of(settings)}"
     elif method == "truncate":
         name = f"first {value} layers"
     else:
         budget = {"keep": f"{value:.0%} of heads", "heads": f"{value} heads", "knee_degree": f"knee of degree {value}"}
         name = f"{method}, {budget[cell['budget']]}"
     return name
+
+
+def routing_of(recipe: Mapping[str, Any]) -> str:
+    """How the experts of a recipe were chosen."""
+    if recipe["expert_selector"] != "usage":
+        return f"by {recipe['expert_selector']}"
+    return f"top-{recipe['experts_per_sequence']}, balance {recipe['balance_coef']:g}"
 
 
 def training_of(cell: Cell) -> str:

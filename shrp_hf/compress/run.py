@@ -34,12 +34,11 @@ from shrp_hf.compress.search import Trial, best, check_reachable, search
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
 from shrp_hf.models.safe_weights import load_safely
-from shrp_hf.recipes import Setup, convert, fine_tune, recover
+from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.surgery import to_shrp
 from shrp_hf.tasks.task import Task
-from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +175,16 @@ class Compression:
 
     def _train(self, candidate: Candidate) -> PreTrainedModel:
         recipe, layers = self.options.recipe, candidate.layers(self.source.config.num_hidden_layers)
-        name = f"routed-{candidate.num_layers}"  # one conversion serves every number of experts
-        routed = self._kept(
-            f"routed/{candidate.num_layers}", name, lambda: convert(self.dense(), layers, self.setup, recipe, name=name)
-        )
-        static = prune_heads(routed, plan_by_usage(routed, routed.usage(), keep=candidate.keep))
+        # One conversion with routers serves every number of experts.
+        kind, shape = ("routed", str(candidate.num_layers)) if recipe.routes else ("converted", candidate.name)
+        name = f"{kind}-{shape}"
         # The dense model is read anew for each training: a teacher comes back frozen.
+        converted = self._kept(
+            f"{kind}/{shape}",
+            name,
+            lambda: convert(self.dense(), layers, self.setup, recipe, keep=candidate.keep, name=name),
+        )
+        static = without_routers(converted, candidate.keep)
         return recover(static, self.dense(), self.setup, recipe, name=f"static-{candidate.name}")
 
     def _kept(self, folder: str, training: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:

@@ -111,7 +111,7 @@ def write_verdict(
         rows,
         scores,
         task,
-        method="shrp",
+        method="shrp" if verdict.options.recipe.routes else "shrp-without-routers",
         base_model=source_name(verdict.model_name),
         options=asdict(verdict.options),
         seeds=(verdict.options.seed,),
