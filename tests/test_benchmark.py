@@ -1,10 +1,7 @@
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
@@ -23,7 +20,6 @@ from transformers import (
     ViTModel,
 )
 
-from benchmarks import experts
 from benchmarks.tries import TRIES, drawn_experts, static_model
 from shrp_hf.benchmark import (
     ModelReport,
@@ -423,26 +419,3 @@ def test_a_static_model_has_the_experts_that_were_named():
     drawn = drawn_experts(model, stays=-1, seed=0)
     assert list(drawn) == [0, 1]
     assert drawn != drawn_experts(model, stays=-1, seed=1)
-
-
-def test_experts_are_the_most_important_heads(monkeypatch, capsys):
-    torch.manual_seed(0)
-    model = ShrpBertForSequenceClassification(ShrpBertConfig(**TINY)).eval()
-    with torch.no_grad():  # head 2 of each layer is the one whose output matters
-        for layer in model.layers:
-            layer.attention.output.dense.weight[:, 8:12] *= 100
-    rows = {"input_ids": torch.randint(5, 50, (8, 6)).tolist(), "labels": [0, 1] * 4}
-    setup = SimpleNamespace(
-        data={"train": Dataset.from_dict(rows)}, seed=0, batch_size=4, tokenizer=SimpleNamespace(pad=_stacked)
-    )
-    assert [heads[0] for heads in experts.choose("his", model, setup, 2)] == [2, 2]
-    with pytest.raises(ValueError, match="^`experts` must be between 1 and 4, got 5.$"):
-        experts.choose("his", model, setup, 5)
-    monkeypatch.setattr(sys, "argv", "experts --dense x --dataset sst2 --output x --choices his,hsi".split())
-    with pytest.raises(SystemExit):
-        experts.main()
-    assert "--choices must be of his, random, got hsi" in capsys.readouterr().err
-
-
-def _stacked(rows, **kwargs):
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -94,6 +95,24 @@ def test_train_ends_with_three_models_and_a_report_and_takes_up_what_is_there(pl
         Workflow(plain, load_task("sst2", data_dir, max_train=20), tmp_path, QUICK)
     with pytest.raises(ValueError, match=message):
         Workflow(plain, task, tmp_path, WorkflowOptions())
+
+
+def test_train_without_routers_ends_with_a_static_model_and_says_how_its_experts_were_chosen(plain, data_dir, tmp_path):
+    task = load_task("sst2", data_dir)
+    options = replace(QUICK, recipe=replace(QUICK.recipe, expert_selector="his"), keep=2)
+    report = Workflow(plain, task, tmp_path, options).run().read_text(encoding="utf-8")
+    assert not {"routed", "usage.png"} & {p.name for p in tmp_path.iterdir()}
+    converted, static = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name) for name in ("converted", "static")
+    )
+    assert converted.config.kept_heads == static.config.kept_heads
+    assert len(static.config.kept_heads[2]) == 2
+    assert not same_state(converted, static)  # the recovery trained it on
+    assert report.startswith("# sst2: dense, converted, static\n")
+    assert "No routers: the 2 best heads of each layer in the dense model, by `his`" in report
+    card = (tmp_path / "static" / "README.md").read_text(encoding="utf-8")
+    assert "SHRP without routers" in card
+    assert "the most used experts" not in card
 
 
 @pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"usage", "cahp"}))

@@ -112,6 +112,28 @@ def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
         assert len(short["kept"]) == 1
 
 
+def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "default", Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0))
+    grid = Grid(expert_layers=(2,), experts=(1, 2), expert_selectors=("usage", "his"), balance_coefs=(0.0, 0.1), seeds=(0,))
+    kinds = [job.kind for job in grid.jobs().values()]
+    # Routers: a conversion for each balance loss. HIS: one for each number of experts, whatever the balance loss.
+    assert (kinds.count("convert"), kinds.count("cell")) == (4, 6)
+    made = comparison(work, tmp_path, grid, dense_epochs=0.5)
+    assert made.run() == {}
+    cells = {cell["key"]: cell for cell in read_cells(tmp_path)}
+    by_usage = cells["shrp-layers2-experts2-top1-coef0.1-default-recovery0.25-seed0"]
+    by_his = cells["shrp-layers2-experts2-by-his-default-recovery0.25-seed0"]
+    assert by_usage["train_examples"] == by_his["train_examples"]
+    assert (by_usage["num_experts"], by_his["num_experts"]) == (4, 4)
+    assert (by_usage["flops"], by_usage["parameters"]) == (by_his["flops"], by_his["parameters"])
+    assert (by_usage["expert_selector"], by_his["expert_selector"]) == ("usage", "his")
+    write_results(tmp_path)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "shrp, 2 layers, 2 experts each, by his" in table
+    assert "shrp, 2 layers, 2 experts each, top-1, balance 0.1" in table
+    assert "default (by his)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_kept_heads_are_those_of_a_selector_run_by_hand(compared, work):
     from torch.utils.data import DataLoader
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
@@ -401,6 +423,10 @@ def test_empty_model_has_the_flops_of_the_cell():
         ({"truncate": (3,)}, "`truncate` must be between 1 and 2 (the model has 3 layers of 4 heads), got 3."),
         ({"truncate": (1,), "recipes": ("mine",)}, "`recipe` must be one of default, paper, got 'mine'."),
         ({"truncate": (1,), "recovery_epochs": (-1,)}, "`recovery_epochs` must be 0 or more, got -1."),
+        (
+            {"expert_layers": (1,), "expert_selectors": ("cahp",)},
+            "`expert_selector` must be one of usage, his, hies, entropy, magnitude, random, got 'cahp'.",
+        ),
     ],
 )
 def test_bad_grids_are_refused_before_any_work(grid, message):

@@ -261,6 +261,15 @@ def test_quality_alone_finds_the_fastest_that_holds_it(plain, tmp_path, training
     assert "The target of 85.0% **also holds** there" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_without_routers_every_candidate_is_converted_to_its_own_experts(plain, tmp_path, trainings):
+    accuracy = {0: 1.0, 1: 0.95, 2: 0.6, 3: 0.7}
+    recipe = replace(QUICK.recipe, expert_selector="his")
+    verdict = compression(plain, tmp_path, Targets(2, 0.9), accuracy, accuracy, experts=(1, 2), recipe=recipe).run()
+    assert [trial.candidate.name for trial in verdict.trials] == ["2x1", "3x2", "3x1"]
+    assert trainings == ["dense", *(f"{kind}-{name}" for name in ("2x1", "3x2", "3x1") for kind in ("converted", "static"))]
+    assert "SHRP without routers" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_holds_on_held_out_rows_may_not_hold_on_the_reported_ones(plain, tmp_path):
     held_out, reported = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, {0: 1.0, 1: 0.5, 2: 0.5, 3: 0.5}
     verdict = compression(plain, tmp_path, Targets(2, 0.9), held_out, reported, experts=(1,)).run()

@@ -2,13 +2,26 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import BertTokenizer
+from torch.utils.data import DataLoader
+from transformers import BertTokenizer, DataCollatorWithPadding
 
-from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, find_recipe, recover
-from shrp_hf.surgery import to_shrp
+from shrp_hf.head_stats import StatsRequest, collect_head_stats
+from shrp_hf.recipes import (
+    EXPERT_SELECTORS,
+    RECIPES,
+    Recipe,
+    Setup,
+    best_experts,
+    convert,
+    find_recipe,
+    recover,
+    without_routers,
+)
+from shrp_hf.surgery import prune_heads, to_shrp
 from tests.tiny import same_state, tiny_bert
 
 QUICK = Recipe("quick", 1, 1, recovery_epochs=1, expander_learning_rate=1e-3, distillation_logits=1)
@@ -58,3 +71,45 @@ def test_a_shorter_model_is_taught_by_every_term(term, setup):
     taught = recover(copy.deepcopy(short), dense, setup, Recipe("taught", recovery_epochs=1, **{term: 1.0}))
     assert not same_state(short, alone)
     assert not same_state(alone, taught)
+
+
+def test_best_experts_are_the_heads_of_highest_importance_in_their_layer(setup):
+    dense = to_shrp(tiny_bert(num_labels=3))
+    batches = DataLoader(setup.data["train"], 8, collate_fn=DataCollatorWithPadding(setup.tokenizer))
+    importance = collect_head_stats(dense, batches, StatsRequest(importance=True)).importance()
+    plan = best_experts(dense, [1, 2], setup, "his", keep=2)
+    assert plan.kept[0] == (0, 1, 2, 3)
+    assert [set(heads) for heads in plan.kept[1:]] == [set(row.topk(2).indices.tolist()) for row in importance[1:]]
+
+
+@pytest.mark.parametrize("selector", sorted(set(EXPERT_SELECTORS) - {"usage"}))
+def test_conversion_without_routers_trains_the_static_model_of_the_chosen_experts(selector, setup):
+    dense = to_shrp(tiny_bert(num_labels=3))
+    recipe = replace(QUICK, expert_selector=selector)
+    model = convert(dense, [1, 2], setup, recipe, keep=2)
+    kept = best_experts(dense, [1, 2], setup, selector, keep=2).kept
+    assert not model.config.routed
+    assert model.config.expert_layers == [1, 2]
+    assert [tuple(heads) for heads in model.config.kept_heads] == list(kept)
+    assert without_routers(model, 1) is model  # its experts are chosen already
+
+    untrained = to_shrp(copy.deepcopy(dense)).requires_grad_(True)
+    untrained.convert_layers_([1, 2])
+    by_hand = prune_heads(untrained, best_experts(dense, [1, 2], setup, selector, keep=2))
+    as_long = replace(recipe, recovery_epochs=3, recovery_learning_rate=recipe.learning_rate)  # 2 layers and specialising
+    assert same_state(model, recover(by_hand, dense, setup, as_long))
+
+
+def test_random_experts_differ_by_seed(setup):
+    dense = to_shrp(tiny_bert(num_labels=3))
+    drawn = {best_experts(dense, [1, 2], replace(setup, seed=seed), "random").kept for seed in range(8)}
+    assert len(drawn) > 1
+
+
+def test_bad_choices_of_experts_are_refused(setup):
+    with pytest.raises(ValueError, match=r"^`expert_selector` must be one of usage, his, hies, .*, got 'cahp'\.$"):
+        find_recipe("default", expert_selector="cahp")
+    dense = to_shrp(tiny_bert(num_labels=3))
+    for keep in (0, 5):
+        with pytest.raises(ValueError, match=f"^`keep` must be between 1 and 4 experts, got {keep}\\.$"):
+            convert(dense, [2], setup, replace(QUICK, expert_selector="his"), keep=keep)
