@@ -18,7 +18,10 @@ DatasetOption = Annotated[
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory with the task's files, read instead of the Hub.")]
 OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
 RecipeOption = Annotated[
-    str, typer.Option(help="default (the dense model teaches, and recovery after pruning) or paper (SHRP as published).")
+    str,
+    typer.Option(
+        help="default (experts by HIS, the dense model teaches, a recovery) or paper (SHRP as published: routers choose)."
+    ),
 ]
 EXPERT_SELECTOR_HELP = (
     "What chooses the experts: usage (of trained routers), or his, hies, entropy, magnitude, random (heads of the dense "

@@ -47,9 +47,9 @@ def train(
 ) -> None:
     """Fine-tunes, converts (SHRP), prunes and saves a model, and reports what it cost and brought.
 
-    Writes `dense`, `routed` and `static`, each a loadable model, with `report.md` and `usage.png`; without routers
-    (`--expert-selector his`) `converted` stands for `routed`, and there is no picture. Started again after an interruption,
-    it takes up what is there.
+    Writes `dense`, `converted` and `static`, each a loadable model, with `report.md`. Where routers choose the experts
+    (`--expert-selector usage`, `--recipe paper`) `routed` stands for `converted`, with `usage.png`. Started again after an
+    interruption, it takes up what is there.
 
     Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
     """
@@ -92,7 +92,8 @@ def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
     from shrp_hf.workflow import WorkflowOptions
 
     task = load_task("docstrings", seed=seed, max_train=2700)
-    recipe = find_recipe("default", balance_epochs_per_layer=1, specialise_epochs=3, recovery_epochs=0)
+    routed = {"expert_selector": "usage", "balance_epochs_per_layer": 1, "specialise_epochs": 3, "recovery_epochs": 0}
+    recipe = find_recipe("default", **routed)
     workflow_options = WorkflowOptions(recipe=recipe, dense_learning_rate=1e-4, max_length=64, seed=seed)
     _run(str(_demo_model()), task, output, workflow_options)
 
