@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shrp_hf.benchmark import Z_95, ModelReport, ParameterCount, accuracy_interval
 from shrp_hf.environment import command_line, environment
 from shrp_hf.plan import KeepPlan
+from shrp_hf.recipes import CALIBRATION_SAMPLES, Recipe
 from shrp_hf.report import BENCHMARK_SHAPE, write_text
 from shrp_hf.tasks.task import Task
 
@@ -145,6 +146,15 @@ class Rows(_Checked):
 
     count: int
     source: str
+
+
+def expert_choice(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Returns `method` and `calibration` of a record: how the experts of a SHRP model were chosen, and on which rows."""
+    if recipe.routes:
+        return {"method": "shrp", "calibration": Rows(len(task.validation), "rows held out of the training set")}
+    needs_rows = recipe.expert_selector not in ("magnitude", "random")
+    scored = Rows(min(CALIBRATION_SAMPLES, len(task.train)), f"training rows of {task.name}")
+    return {"method": "shrp-without-routers", "calibration": scored if needs_rows else None}
 
 
 @dataclass(frozen=True)

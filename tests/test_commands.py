@@ -113,6 +113,8 @@ def test_train_without_routers_ends_with_a_static_model_and_says_how_its_experts
     card = (tmp_path / "static" / "README.md").read_text(encoding="utf-8")
     assert "SHRP without routers" in card
     assert "the most used experts" not in card
+    record = RunRecord.from_json(tmp_path / "static" / "shrp_record.json")
+    assert (record.method, record.calibration) == ("shrp-without-routers", Rows(len(task.train), "training rows of sst2"))
 
 
 @pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"usage", "cahp"}))

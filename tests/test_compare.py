@@ -424,6 +424,10 @@ def test_empty_model_has_the_flops_of_the_cell():
         ({"truncate": (1,), "recipes": ("mine",)}, "`recipe` must be one of default, paper, got 'mine'."),
         ({"truncate": (1,), "recovery_epochs": (-1,)}, "`recovery_epochs` must be 0 or more, got -1."),
         (
+            {"expert_layers": (1,), "balance_coefs": (0.0, 0.1)},
+            "`balance_coefs` is about routers, which nothing here has: give `expert_selectors` with usage.",
+        ),
+        (
             {"expert_layers": (1,), "expert_selectors": ("cahp",)},
             "`expert_selector` must be one of usage, his, hies, entropy, magnitude, random, got 'cahp'.",
         ),

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 from shrp_hf import KeepPlan, cli
 from shrp_hf.benchmark import ModelReport, Timing, accuracy_interval, count_flops, count_parameters
 from shrp_hf.model_card import CITATIONS, METHODS, write_card
-from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, kept_heads, source_name
+from shrp_hf.recipes import Recipe
+from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, expert_choice, kept_heads, source_name
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads
 from tests.tiny import tiny_bert, tiny_routed
@@ -177,12 +179,25 @@ def test_without_code_only_shrp_hf_opens_it(auto_class, call, folder, record, tm
 
 
 def test_every_selector_has_its_sentence_and_every_paper_its_citation(folder, record):
-    assert set(SELECTORS) | {"shrp"} == set(METHODS)
-    assert set(CITATIONS) == {"shrp", "usage", "hies", "cahp", "his"}
+    assert set(SELECTORS) | {"shrp", "shrp-without-routers"} == set(METHODS)
+    assert set(CITATIONS) == {"shrp", "shrp-without-routers", "usage", "hies", "cahp", "his"}
     for method in METHODS:
         text = text_of(folder, replace(record, method=method))
         assert METHODS[method] in text
         assert ("## Citation" in text) == (method in CITATIONS)
+
+
+@pytest.mark.parametrize(
+    ("selector", "method", "calibration"),
+    [
+        ("usage", "shrp", Rows(50, "rows held out of the training set")),
+        ("his", "shrp-without-routers", Rows(1024, "training rows of moods")),
+        ("random", "shrp-without-routers", None),
+    ],
+)
+def test_record_tells_how_experts_were_chosen(selector, method, calibration):
+    task = SimpleNamespace(name="moods", train=range(2000), validation=range(50))
+    assert expert_choice(Recipe("x", expert_selector=selector), task) == {"method": method, "calibration": calibration}
 
 
 def test_command_writes_it_anew(folder, record):

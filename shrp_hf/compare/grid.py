@@ -179,9 +179,11 @@ class Grid:
                     raise ValueError(f"`{name}` must be between 1 and {limit} (the model has {size}), got {count}.")
 
     def _check_training(self, shape: ModelShape) -> None:
-        for recipe in self.recipes:
-            for selector in self.expert_selectors:
-                find_recipe(recipe, expert_selector=selector)  # raises
+        variants = list(product(self.recipes, self.expert_selectors))
+        routes = any(find_recipe(recipe, expert_selector=selector).routes for recipe, selector in variants)  # raises
+        for name in ("experts_per_sequence", "balance_coefs"):
+            if set(getattr(self, name)) != {None} and not routes:
+                raise ValueError(f"`{name}` is about routers, which nothing here has: give `expert_selectors` with usage.")
         for name in ("recovery_epochs", "balance_coefs"):
             for value in getattr(self, name):
                 if value is not None and not 0 <= value < float("inf"):

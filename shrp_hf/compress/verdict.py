@@ -17,7 +17,7 @@ from shrp_hf.compress.search import Targets, Trial
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
-from shrp_hf.record import Rows, RunRecord, Score, source_name
+from shrp_hf.record import Rows, RunRecord, Score, expert_choice, source_name
 from shrp_hf.report import compare_models, measure_models, write_text
 from shrp_hf.tasks.task import Task
 
@@ -111,13 +111,12 @@ def write_verdict(
         rows,
         scores,
         task,
-        method="shrp" if verdict.options.recipe.routes else "shrp-without-routers",
         base_model=source_name(verdict.model_name),
         options=asdict(verdict.options),
         seeds=(verdict.options.seed,),
         training=Rows(len(task.train), f"training rows of {task.name}"),
-        calibration=Rows(len(task.validation), "rows held out of the training set"),
         shape=verdict.options.shape,
+        **expert_choice(verdict.options.recipe, task),
     )
     write_card(output / "model", record)
     points = {trial.candidate.name: [_point(trial, task)] for trial in verdict.trials}
