@@ -20,6 +20,7 @@ from shrp_hf import cli
 from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
 from shrp_hf.compare.architectures import Shape, empty_model, first_layers
 from shrp_hf.compare.claims import claim
+from shrp_hf.compare.figures import _panels
 from shrp_hf.compare.grid import ModelShape
 from shrp_hf.compare.tables import estimate, rows_of
 from shrp_hf.plan import KeepPlan
@@ -132,6 +133,11 @@ def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, monkeypat
     assert "shrp, 2 layers, 2 experts each, by his" in table
     assert "shrp, 2 layers, 2 experts each, top-1, balance 0.1" in table
     assert "default (by his)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = [row for row in rows_of(read_cells(tmp_path)) if row.cells[0]["method"] == "shrp"]
+    (panel,) = _panels(rows, "accuracy", lambda row: row.cells[0]["num_experts"]).values()
+    assert set(panel) == {f"shrp, {count}, by his" for count in ("1 expert", "2 experts")} | {
+        f"shrp, {count}, by routers, balance {coef}" for count in ("1 expert", "2 experts") for coef in ("0", "0.1")
+    }
 
 
 def test_kept_heads_are_those_of_a_selector_run_by_hand(compared, work):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shrp_hf.compare.tables import Row
+from shrp_hf.compare.tables import Row, routing_of
 from shrp_hf.plots import plot_keep_rates, plot_panels
 
 Points = dict[str, dict[str, list[tuple[float, float, float, float]]]]
@@ -47,14 +47,15 @@ def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path
 
 
 def _panels(rows: Sequence[Row], headline: str, x: Callable[[Row], float]) -> Points:
-    """A panel per length of recovery, a series per method (and recipe, routing and experts, where there are several)."""
+    """A panel per length of recovery, a series per method (and recipe, choice of experts ..., where there are several)."""
     series = {row.cells[0]["key"]: _series(row) for row in rows}
     panels: Points = {}
     for row in sorted(rows, key=lambda row: row.cells[0]["recovery_epochs"]):
         cell, value = row.cells[0], row.over_seeds(lambda cell: cell["metrics"][headline])
         # What all series of this kind share tells nothing apart.
         alike = [name for key, name in series.items() if name[0] == series[cell["key"]][0]]
-        parts = [part for i, part in enumerate(series[cell["key"]]) if part and (i == 0 or len({n[i] for n in alike}) > 1)]
+        tells = [i == 0 or len({name[i] for name in alike} - {""}) > 1 for i in range(len(alike[0]))]
+        parts = [part for part, is_told in zip(series[cell["key"]], tells, strict=True) if part and is_told]
         epochs = cell["recovery_epochs"]
         title = f"{epochs:g} epoch{'s' * (epochs != 1)} of recovery" if epochs else "without recovery"
         margin = value.margin or 0.0
@@ -71,4 +72,6 @@ def _series(row: Row) -> tuple[str, ...]:
     if cell["method"] == "truncate":
         return "first layers", recipe["name"]
     experts = f"{cell['experts']} expert{'s' * (cell['experts'] > 1)}"
-    return "shrp", experts, recipe["name"], f"top-{recipe['experts_per_sequence']}", f"balance {recipe['balance_coef']:g}"
+    if recipe["expert_selector"] != "usage":
+        return "shrp", experts, recipe["name"], routing_of(recipe), "", ""
+    return "shrp", experts, recipe["name"], "by routers", *routing_of(recipe).split(", ")
