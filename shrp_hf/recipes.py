@@ -294,13 +294,13 @@ def best_experts(dense: PreTrainedModel, layers: Sequence[int], setup: Setup, se
 
 
 def without_routers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """Returns a converted model without routers: the `keep` most used experts of each layer stay.
+    """Returns a new model without routers: the `keep` most used experts of each layer stay.
 
     Args:
-        model: From `convert`. Where no routers chose its experts it is returned as it is.
+        model: From `convert`; left as it is. Where no routers chose its experts, all of them stay.
         keep: Experts of each layer.
     """
-    return prune_heads(model, plan_by_usage(model, model.usage(), keep=keep)) if model.config.routed else model
+    return prune_heads(model, plan_by_usage(model, model.usage(), keep=keep)) if model.config.routed else copy.deepcopy(model)
 
 
 def _converted(dense: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

@@ -91,7 +91,9 @@ def test_conversion_without_routers_trains_the_static_model_of_the_chosen_expert
     assert not model.config.routed
     assert model.config.expert_layers == [1, 2]
     assert [tuple(heads) for heads in model.config.kept_heads] == list(kept)
-    assert without_routers(model, 1) is model  # its experts are chosen already
+    static = without_routers(model, 1)
+    assert static is not model  # what trains the one leaves the other alone
+    assert same_state(static, model)  # its experts are chosen already
 
     untrained = to_shrp(copy.deepcopy(dense)).requires_grad_(True)
     untrained.convert_layers_([1, 2])
