@@ -38,7 +38,7 @@ BASE = {
     "distillation_logits": 1.0,
     "distillation_hidden_states": 1.0,
 }
-# name: (layer that stays, changed arguments, start of the expanders, whether the dense model teaches)
+# name: (layer that stays, changed arguments, start, whether the dense model teaches)
 TRIES: dict[str, tuple[int, dict, str, bool]] = {
     "as it is": (0, {}, "heads", True),
     "no teacher": (0, {}, "heads", False),
@@ -51,6 +51,7 @@ TRIES: dict[str, tuple[int, dict, str, bool]] = {
     "expanders by least squares": (0, {}, "least squares", True),
     "layer 2 stays": (2, {}, "heads", True),
     "the last layer stays": (-1, {}, "heads", True),
+    "no dropout": (0, {}, "no dropout", True),
 }
 
 
@@ -102,6 +103,15 @@ def fit_expanders_(model: PreTrainedModel, dense: PreTrainedModel, batches: Data
         expander.LayerNorm.bias.copy_(wanted.mean(dim=0) - gain * found.mean(dim=0))
 
 
+def stop_dropout_(model: PreTrainedModel) -> None:
+    """Trains the model without dropout; its config keeps what it says."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # of attention weights
+            module.dropout = 0.0
+
+
 def run_try(
     name: str, seed: int, load: Callable[[], PreTrainedModel], setup: Setup, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> dict:
@@ -110,7 +120,9 @@ def run_try(
     set_seed(seed)
     dense = load()
     model = static_model(load(), drawn_experts(dense, stays, seed))
-    if start == "least squares":
+    if start == "no dropout":
+        stop_dropout_(model)
+    elif start == "least squares":
         rows = setup.data["train"].shuffle(seed=seed).select(range(min(768, len(setup.data["train"]))))
         fit_expanders_(model, dense, DataLoader(rows, 32, collate_fn=DataCollatorWithPadding(tokenizer)))
     options = BASE | changes
