@@ -16,6 +16,7 @@ import torch
 from transformers import BertTokenizer
 from typer.testing import CliRunner
 
+from benchmarks import results as page
 from shrp_hf import cli
 from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
 from shrp_hf.compare.architectures import Shape, empty_model, first_layers
@@ -503,6 +504,57 @@ def test_models_that_cannot_be_compared_are_refused(work, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Comparison(Settings(str(tmp_path / "cut")), grid, task, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_grids_of_a_directory_are_worked_on_in_their_order(work, tmp_path, quick):
+    first, second = Grid(truncate=(2,), seeds=(0,)), Grid(truncate=(1, 2), seeds=(0,))
+    made = comparison(work, tmp_path, (first, second), dense_epochs=0.5)
+    assert list(made.jobs) == [*first.jobs(), *(key for key in second.jobs() if key not in first.jobs())]
+    done = []
+    while made.step(lambda done_so_far, total, doing: done.append(doing)):
+        pass
+    assert done == list(made.jobs)
+    assert not made.is_missing
+    assert made.failures() == {}
+
+
+@pytest.mark.parametrize("task", page.TASKS)
+def test_grids_of_the_results_page_suit_its_model(task):
+    shape = ModelShape(6, 12, is_regression=task == "stsb")
+    for grid in page.grids(task, (0, 1, 2)):
+        grid.check(shape)
+    page.settings(task, "model")
+
+
+def test_results_of_several_tasks_are_shared_and_taken_up(work, tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.setattr(page, "grids", lambda task, seeds: [Grid(truncate=(1,), seeds=seeds)])
+    monkeypatch.setattr(page, "settings", lambda task, model: Settings(model, **SETTINGS, dense_epochs=0.5))
+    words = [
+        "--model",
+        str(work / "model"),
+        "--data-dir",
+        str(work),
+        "--tasks",
+        "sst2",
+        "--seeds",
+        "0",
+        "--output",
+        str(tmp_path),
+    ]
+    assert page.main(words) == 0
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
+    assert {path.name for path in cells} == {"dense-seed0.json", "truncate-layers1-default-recovery0.25-seed0.json"}
+    assert page.main(words) == 0
+    assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
+    assert f"Written: {tmp_path / 'sst2' / 'report.html'}" in capsys.readouterr().out
+
+    monkeypatch.setattr("shrp_hf.compare.cells.first_layers", lambda *args: 1 / 0)
+    monkeypatch.setattr(page, "grids", lambda task, seeds: [Grid(truncate=(2,), seeds=seeds)])
+    assert page.main(words) == 1
+    assert "Failed: truncate-layers2-default-recovery0.25-seed0: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        page.main([*words, "--tasks", "sst2,cola"])
+    assert "--tasks must be of sst2, sst5, stsb, mnli, got cola" in capsys.readouterr().err
 
 
 def test_report_without_cells_is_refused(tmp_path):

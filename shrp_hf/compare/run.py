@@ -4,7 +4,8 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ Watch = Callable[[int, int, str], object]
 
 
 class Comparison:
-    """The cells of a grid in one directory, shared with every other run that was started on it.
+    """The cells of grids in one directory, shared with every other run that was started on it.
 
     Args:
         settings: What holds for every cell of the directory.
-        grid: What is compared. Another run may add another grid to the directory.
+        grids: What is compared, what comes first is done first. Another run may add other grids to the directory.
         task: What the model does; chosen on its held-out rows, reported on the others.
         output: The directory: `cells` (a JSON file each, and a row of the result), `parts` and `models` (what cells are
             made of), `stats`, `claims`.
@@ -35,11 +36,16 @@ class Comparison:
         ValueError: The grid or the model does not suit, or the directory holds cells of other settings.
     """
 
-    def __init__(self, settings: Settings, grid: Grid, task: Task, output: Path) -> None:
-        grid.check(_shape_of(settings, task), settings.min_heads_per_layer)
+    def __init__(self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path) -> None:
+        grids = [grids] if isinstance(grids, Grid) else grids
+        shape = _shape_of(settings, task)
+        for grid in grids:
+            grid.check(shape, settings.min_heads_per_layer)
         self.output = output
         self.worker = Worker(settings, task, output)
-        self.jobs = grid.jobs()
+        self.jobs: dict[str, Job] = {}
+        for job in chain.from_iterable(grid.jobs().values() for grid in grids):
+            self.jobs.setdefault(job.key, job)
         self._started = time.time()
         self._check_directory()
 
@@ -57,12 +63,25 @@ class Comparison:
         Returns:
             Key -> error of every cell that could not be computed.
         """
-        while missing := self._missing():
-            if not any(self._do(job, watch) for job in missing if self._is_ready(job)):
+        while self.is_missing:
+            if not self.step(watch):
                 self._watch(watch, "")
-                time.sleep(POLL_SECONDS)  # the other runs have all that can be done now
+                time.sleep(POLL_SECONDS)
         self._watch(watch, "")
+        return self.failures()
+
+    def failures(self) -> dict[str, str]:
+        """Key -> error of every cell that could not be computed."""
         return {job.key: self._failure(job) for job in self.cells if self._failure(job)}
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is a job that is neither done nor has failed."""
+        return bool(self._missing())
+
+    def step(self, watch: Watch = lambda done, total, doing: None) -> bool:
+        """Does the first job that nobody has; False: nothing is missing, or the other runs have all that can be done now."""
+        return any(self._do(job, watch) for job in self._missing() if self._is_ready(job))
 
     def drop_models(self) -> None:
         """Removes the models that cells were made of, once every cell of this grid is there."""
