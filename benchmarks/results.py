@@ -34,7 +34,7 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
         return Grid(selectors=names, recovery_epochs=epochs, seeds=seeds, **budget)
 
     routers = {"expert_selectors": ("usage",)}
-    learned = ("hies", "his", "cahp", "dsp")
+    compared = ("hies", "his", "cahp", "dsp")
     plan = [
         shrp((5, 3), expert_selectors=("his", "usage")),
         selected(("hies", "his"), (0,), keep=(0.9, 0.8, 0.7, 0.6, 0.5)),
@@ -45,8 +45,8 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
     if task == "sst2":
         plan += [
             shrp((5, 3), 0, recipes=("paper",)),
-            selected(learned, (1, 3), keep=(0.5,)),
-            selected(learned, (1,), knee_degrees=(2, 3, 4, 5, 6)),
+            selected(compared, (1, 3), keep=(0.5,)),
+            selected(compared, (1,), knee_degrees=(2, 3, 4, 5, 6)),
             shrp(epochs=3, balance_coefs=(0.0, 0.01, 0.1, 1.0), **routers),
             shrp(epochs=3, experts_per_sequence=(3, 5), **routers),
             shrp((4, 2, 1)),
@@ -54,7 +54,7 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
             shrp(experts=(4, 8, 12)),
         ]
     elif task != "stsb":  # a regression has no classes for CAHP to tell apart
-        plan += [selected(learned, (1,), knee_degrees=(4,)), selected(learned, (1,), knee_degrees=(2, 3, 5, 6))]
+        plan += [selected(compared, (1,), knee_degrees=(4,)), selected(compared, (1,), knee_degrees=(2, 3, 5, 6))]
     # The dense model trained on for as long as the others recover.
     return [*plan, Grid(selectors=("his",), keep=(1.0,), recovery_epochs=(10,), without_random=True, seeds=seeds)]
 
@@ -62,7 +62,7 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
 def work(comparisons: Sequence[Comparison]) -> None:
     """Does what is missing, a job of each comparison in turn, until all is done or has failed."""
     while any(comparison.is_missing for comparison in comparisons):
-        if not any([comparison.step() for comparison in comparisons]):
+        if not any([comparison.step() for comparison in comparisons]):  # a list: each has its turn
             time.sleep(1)  # other processes have all that can be done now
 
 
