@@ -77,7 +77,7 @@ class Recipe:
         return self.expert_selector == "usage"
 
     def conversion_epochs(self, num_layers: int) -> float:
-        """Epochs from the dense model to converted layers, before the recovery."""
+        """Epochs from the dense model to one with `num_layers` converted layers, before the recovery."""
         return self.balance_epochs_per_layer * num_layers + self.specialise_epochs
 
     @property

@@ -80,7 +80,14 @@ class Comparison:
         return bool(self._missing())
 
     def step(self, watch: Watch = lambda done, total, doing: None) -> bool:
-        """Does the first job that nobody has; False: nothing is missing, or the other runs have all that can be done now."""
+        """Does the first job that nobody has.
+
+        Args:
+            watch: As in `run`.
+
+        Returns:
+            Whether there was one. If not, nothing is missing, or the other runs have all that can be done now.
+        """
         return any(self._do(job, watch) for job in self._missing() if self._is_ready(job))
 
     def drop_models(self) -> None:
