@@ -1,4 +1,4 @@
-"""Every comparison of docs/results.md that trains: four tasks, three seeds."""
+"""The comparisons of docs/results.md: SHRP, selectors and truncation on four tasks, three seeds."""
 
 import argparse
 import sys
@@ -61,16 +61,19 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
 
 def work(comparisons: Sequence[Comparison]) -> None:
     """Does what is missing, a job of each comparison in turn, until all is done or has failed."""
-    while any(comparison.is_missing for comparison in comparisons):
-        if not any([comparison.step() for comparison in comparisons]):  # a list: each has its turn
+    # A list, so that each has its turn.
+    while (is_busy := any([comparison.step() for comparison in comparisons])) or any(c.is_missing for c in comparisons):
+        if not is_busy:
             time.sleep(1)  # other processes have all that can be done now
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what is missing and writes the tables; returns the exit code."""
-    shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.results", description=__doc__, epilog=EXAMPLE, formatter_class=shape
+        "python -m benchmarks.results",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="hub id or directory of the encoder to fine-tune")
     parser.add_argument("--data-dir", type=Path, help="directory with a folder of files for each task")
@@ -92,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure_speed(comparison.output, read_cells(comparison.output), num_rounds=9)
         print("\n".join(f"Written: {path}" for path in write_results(comparison.output)))
     failures = [failure for comparison in comparisons for failure in comparison.failures().items()]
-    print("\n".join(f"Failed: {key}: {error}" for key, error in failures))
+    for key, error in failures:
+        print(f"Failed: {key}: {error}")
     return 1 if failures else 0
 
 

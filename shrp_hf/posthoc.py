@@ -6,12 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     set_seed,
 )
@@ -25,6 +22,7 @@ from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
 from shrp_hf.recipes import Setup, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
+from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
@@ -145,10 +143,9 @@ def prune_posthoc(
     selector = options.make_selector(quality)
     output.mkdir(parents=True, exist_ok=True)
     say(f"1/3 scoring heads with {options.selector} on {min(options.calibration_samples, len(data['train']))} rows")
-    order = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(options.seed))
-    rows = data["train"].select(order[: options.calibration_samples].tolist())
-    collate = DataCollatorWithPadding(tokenizer)
-    batches = DataLoader(rows, batch_size=options.batch_size, collate_fn=collate)
+    batches = calibration_batches(
+        data["train"], tokenizer, options.calibration_samples, batch_size=options.batch_size, seed=options.seed
+    )
     plan = selector.select(model, batches, cache=output / "scores.safetensors")
     plan.to_json(output / "plan.json")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
 from shrp_hf.plan import KeepPlan
+from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.trainer import ShrpTrainer
@@ -245,8 +245,11 @@ def convert(
     Raises:
         ValueError: `keep` is out of range, or see `ShrpTrainer`; for example a layer is out of range.
     """
+    student = copy.deepcopy(dense).requires_grad_(True).train()  # a dense model that taught before comes frozen
     if not recipe.routes:
-        static = prune_heads(_converted(dense, layers), best_experts(dense, layers, setup, recipe.expert_selector, keep))
+        student = to_shrp(student)
+        student.convert_layers_(list(layers))
+        static = prune_heads(student, best_experts(dense, layers, setup, recipe.expert_selector, keep))
         epochs = recipe.conversion_epochs(len(layers))
         training = replace(recipe, recovery_epochs=epochs, recovery_learning_rate=recipe.learning_rate)
         return recover(static, dense, setup, training, name=name)
@@ -261,7 +264,6 @@ def convert(
         expander_learning_rate=recipe.expander_learning_rate,
         **_distillation(recipe),
     )
-    student = copy.deepcopy(dense).requires_grad_(True).train()  # a dense model that taught before comes frozen
     trainer = _trainer(student, args, setup, dense if recipe.distils else None)
     model = setup.train(trainer)
     trainer.count_usage(setup.data["validation"])
@@ -281,15 +283,14 @@ def best_experts(dense: PreTrainedModel, layers: Sequence[int], setup: Setup, se
     Raises:
         ValueError: `keep` is out of range.
     """
-    config, train = dense.config, setup.data["train"]
+    config = dense.config
     if not 1 <= keep <= config.num_attention_heads:
         raise ValueError(f"`keep` must be between 1 and {config.num_attention_heads} experts, got {keep}.")
     others = [layer for layer in range(config.num_hidden_layers) if layer not in layers]
     options: dict[str, Any] = {"seed": setup.seed} if selector == "random" else {}
     chooser = SELECTORS[selector](budget=Budget.heads(keep * len(layers)), per_layer=True, frozen_layers=others, **options)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(setup.seed))
-    rows = train.select(order[:CALIBRATION_SAMPLES].tolist())
-    batches = DataLoader(rows, setup.batch_size, collate_fn=DataCollatorWithPadding(setup.tokenizer))
+    train, shape = setup.data["train"], {"batch_size": setup.batch_size, "seed": setup.seed}
+    batches = calibration_batches(train, setup.tokenizer, CALIBRATION_SAMPLES, **shape)
     return chooser.select(dense.to("cuda" if torch.cuda.is_available() else dense.device), batches)
 
 
@@ -301,12 +302,6 @@ def without_routers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
         keep: Experts of each layer.
     """
     return prune_heads(model, plan_by_usage(model, model.usage(), keep=keep)) if model.config.routed else copy.deepcopy(model)
-
-
-def _converted(dense: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    student = to_shrp(copy.deepcopy(dense)).requires_grad_(True)  # a dense model that taught before comes frozen
-    student.convert_layers_(list(layers))
-    return student
 
 
 def _trainer(

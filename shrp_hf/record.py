@@ -149,7 +149,12 @@ class Rows(_Checked):
 
 
 def expert_choice(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """Returns `method` and `calibration` of a record: how the experts of a SHRP model were chosen, and on which rows."""
+    """Returns `method` and `calibration` of a record: how the experts of a SHRP model were chosen, and on which rows.
+
+    Args:
+        recipe: How the model was made.
+        task: Its task.
+    """
     if recipe.routes:
         return {"method": "shrp", "calibration": Rows(len(task.validation), "rows held out of the training set")}
     needs_rows = recipe.expert_selector not in ("magnitude", "random")

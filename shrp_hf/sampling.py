@@ -1,11 +1,12 @@
-"""Which rows a training draws, and in which order."""
+"""Which rows a training draws and in which order, and which rows heads are scored on."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, Subset
-from transformers import TrainingArguments
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from shrp_hf.training_args import ShrpTrainingArguments
@@ -39,6 +40,25 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return iter(self.sampler)
+
+
+def calibration_batches(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int, *, batch_size: int, seed: int
+) -> DataLoader:
+    """Draws the rows that heads are scored on.
+
+    Args:
+        rows: Tokenised rows, as from `Task.tokenize`.
+        tokenizer: Pads the batches.
+        count: How many rows, or all where there are fewer.
+        batch_size: Rows of a batch.
+        seed: Seed of the draw.
+
+    Returns:
+        Batches of tensors of shape (batch, length), the labels (batch,).
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(rows.select(order[:count].tolist()), batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
 
 
 def hold_out(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:

@@ -114,8 +114,7 @@ def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
         assert len(short["kept"]) == 1
 
 
-def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, monkeypatch):
-    monkeypatch.setitem(RECIPES, "default", Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0))
+def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, quick):
     grid = Grid(expert_layers=(2,), experts=(1, 2), expert_selectors=("usage", "his"), balance_coefs=(0.0, 0.1), seeds=(0,))
     kinds = [job.kind for job in grid.jobs().values()]
     # Routers: a conversion for each balance loss. HIS: one for each number of experts, whatever the balance loss.
@@ -526,21 +525,11 @@ def test_grids_of_the_results_page_suit_its_model(task):
     page.settings(task, "model")
 
 
-def test_results_of_several_tasks_are_shared_and_taken_up(work, tmp_path, monkeypatch, capsys, quick):
+def test_results_page_is_taken_up_and_tells_failures(work, tmp_path, monkeypatch, capsys, quick):
     monkeypatch.setattr(page, "grids", lambda task, seeds: [Grid(truncate=(1,), seeds=seeds)])
     monkeypatch.setattr(page, "settings", lambda task, model: Settings(model, **SETTINGS, dense_epochs=0.5))
-    words = [
-        "--model",
-        str(work / "model"),
-        "--data-dir",
-        str(work),
-        "--tasks",
-        "sst2",
-        "--seeds",
-        "0",
-        "--output",
-        str(tmp_path),
-    ]
+    paths = {"--model": work / "model", "--data-dir": work, "--output": tmp_path}
+    words = [str(word) for pair in paths.items() for word in pair] + "--tasks sst2 --seeds 0".split()
     assert page.main(words) == 0
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
     assert {path.name for path in cells} == {"dense-seed0.json", "truncate-layers1-default-recovery0.25-seed0.json"}

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     set_seed,
 )
@@ -32,6 +30,7 @@ from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
+from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from shrp_hf.tasks.task import Task
@@ -165,15 +164,13 @@ class Worker:
         request = StatsRequest(importance=True, entropy=True)
         if job.fields["statistics"] == "signatures":
             request = StatsRequest(salience=True, signature_size=self.settings.signature_size)
-        train = self.data["train"]
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed))
-        rows = train.select(order[: self.settings.calibration_samples].tolist())
-        batches = DataLoader(rows, self.settings.batch_size, collate_fn=DataCollatorWithPadding(self.tokenizer))
+        count, batch_size = self.settings.calibration_samples, self.settings.batch_size
+        batches = calibration_batches(self.data["train"], self.tokenizer, count, batch_size=batch_size, seed=job.seed)
         path = self._stats_file(job.fields["statistics"], job.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         model = self._dense(job.seed)
         collect_head_stats(model.to("cuda" if torch.cuda.is_available() else "cpu"), batches, request, cache=path)
-        return {"rows": len(rows)}
+        return {"rows": len(batches.dataset)}
 
     def _do_plan(self, job: Job) -> dict[str, Any]:
         method, budget, value = (job.fields[name] for name in ("method", "budget", "value"))

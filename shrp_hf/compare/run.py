@@ -63,8 +63,8 @@ class Comparison:
         Returns:
             Key -> error of every cell that could not be computed.
         """
-        while self.is_missing:
-            if not self.step(watch):
+        while (is_busy := self.step(watch)) or self.is_missing:
+            if not is_busy:  # the other runs have all that can be done now
                 self._watch(watch, "")
                 time.sleep(POLL_SECONDS)
         self._watch(watch, "")
