@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-faults test-load test-floor test-newest audit docs benchmark clean
+.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest audit docs benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -26,6 +26,9 @@ test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
 
 test-load: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m load
+
+test-cuda: $(VENV)/.installed-test  # on a machine with a GPU, and a torch that reaches it
+	$(BIN)/pytest -q -p tests.on_cuda -k "not compiles" tests/test_families.py tests/test_conversion.py tests/test_surgery.py tests/test_modeling.py
 
 test-floor:  # the fast tests with the oldest releases that setup.cfg allows
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
