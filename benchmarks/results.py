@@ -44,7 +44,8 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
     ]
     if task == "sst2":
         plan += [
-            shrp((5, 3), 0, recipes=("paper",)),
+            shrp((5, 4, 3, 2, 1), 0, recipes=("paper",)),
+            shrp(epochs=0, recipes=("paper",), experts=(2, 4, 8, 12)),
             selected(compared, (1, 3), keep=(0.5,)),
             selected(compared, (1,), knee_degrees=(2, 3, 4, 5, 6)),
             shrp(epochs=3, balance_coefs=(0.0, 0.01, 0.1, 1.0), **routers),
@@ -54,7 +55,7 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
             shrp(experts=(4, 8, 12)),
         ]
     elif task != "stsb":  # a regression has no classes for CAHP to tell apart
-        plan += [selected(compared, (1,), knee_degrees=(4,)), selected(compared, (1,), knee_degrees=(2, 3, 5, 6))]
+        plan.append(selected(compared, (1,), knee_degrees=(2, 3, 4, 5, 6)))
     # The dense model trained on for as long as the others recover.
     return [*plan, Grid(selectors=("his",), keep=(1.0,), recovery_epochs=(10,), without_random=True, seeds=seeds)]
 
