@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 
 from shrp_hf.benchmark import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.files import written_whole
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.task import Task, shown
 
 BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
 
@@ -99,7 +99,7 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
         task: The task.
     """
     metrics = "\n".join(
-        f"- {row.name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[row.name].items()) for row in rows
+        f"- {row.name}: " + ", ".join(f"{metric} {shown(value)}" for metric, value in scores[row.name].items()) for row in rows
     )
     timing = rows[0].timing
     where = f"{timing.num_threads} CPU threads" if timing.device == "cpu" else timing.device

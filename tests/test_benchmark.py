@@ -366,6 +366,13 @@ def test_accuracy_interval_solves_the_score_equation():
         assert abs(37 / 120 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 120), rel=1e-5)
 
 
+def test_accuracy_interval_holds_none_and_all_correct_whatever_the_number_of_rows():
+    for total in range(1, 3001):
+        assert accuracy_interval(0, total)[0] == 0
+        assert accuracy_interval(total, total)[1] == 1
+        assert 0 < accuracy_interval(0, total)[1] == pytest.approx(1 - accuracy_interval(total, total)[0], abs=1e-12)
+
+
 @pytest.mark.parametrize(("num_correct", "total"), [(0, 0), (-1, 5), (6, 5)])
 def test_impossible_accuracy_is_refused(num_correct, total):
     with pytest.raises(ValueError, match=f"got {num_correct} of {total}"):

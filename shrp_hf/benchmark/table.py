@@ -1,14 +1,11 @@
 """Models side by side: a row each, ratios against the first."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from shrp_hf.benchmark.cost import ParameterCount
 from shrp_hf.benchmark.timing import Timing
-
-Z_95 = 1.959963984540054
 
 
 def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
@@ -21,11 +18,10 @@ def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
     """
     if total < 1 or not 0 <= num_correct <= total:
         raise ValueError(f"`num_correct` must be from 0 to `total`, and `total` at least 1, got {num_correct} of {total}.")
-    share = num_correct / total
-    spread = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
-    scale = 1 + Z_95**2 / total
-    centre = share + Z_95**2 / (2 * total)
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    from scipy.stats import binomtest
+
+    low, high = binomtest(int(num_correct), int(total)).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.task import Task, for_json
 from shrp_hf.trainer import ShrpTrainer
 
 
@@ -324,8 +324,8 @@ class Worker:
             "expert_layers": config.expert_layers,
             "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
-            "metrics": self.task.compute_metrics(prediction),
-            "held_out": self.task.compute_metrics(self._logits(model, "validation")),
+            "metrics": for_json(self.task.compute_metrics(prediction)),
+            "held_out": for_json(self.task.compute_metrics(self._logits(model, "validation"))),
             "rows": len(decided),
             "correct": None if self.task.is_regression else int((decided == prediction.label_ids).sum()),
             "agreement": float(is_same.mean()),

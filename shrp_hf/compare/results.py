@@ -32,7 +32,7 @@ def write_results(output: Path) -> list[Path]:
 
     Raises:
         ValueError: There is no cell.
-        ImportError: matplotlib or scipy is not installed.
+        ImportError: matplotlib is not installed.
     """
     cells = read_cells(output)
     if not cells:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shrp_hf.tasks.task import shown
+
 Cell = Mapping[str, Any]
 Timings = Mapping[str, Mapping[str, Any]]
 
@@ -21,37 +23,44 @@ class Estimate:
     """The mean of one number over seeds.
 
     Args:
-        mean: The mean.
+        mean: The mean; NaN where the number is undefined for a seed.
         margin: Half the width of the 95% t interval; None where there is one seed, which has none.
         num: Number of seeds.
+        num_undefined: Seeds for which it is undefined.
     """
 
     mean: float
     margin: float | None
     num: int
+    num_undefined: int = 0
 
     def text(self, decimals: int = 4, scale: float = 1.0) -> str:
-        """Prints "mean ± margin"."""
+        """Prints "mean ± margin", or of how many seeds the number is undefined."""
+        if self.num_undefined:
+            return shown(None) + (f" ({self.num_undefined} of {self.num} seeds)" if self.num > 1 else "")
         margin = "" if self.margin is None else f" ± {self.margin * scale:.{decimals}f}"
         return f"{self.mean * scale:.{decimals}f}{margin}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float | None]) -> Estimate:
     """Returns the mean and its 95% interval by Student's t, as of independent seeds.
+
+    Args:
+        values: One a seed; None or NaN where it is undefined.
 
     Raises:
         ValueError: There is no value.
-        ImportError: scipy is missing.
     """
     if not values:
         raise ValueError("`values` must hold at least one number, got none.")
     count = len(values)
+    num_undefined = sum(value is None or math.isnan(value) for value in values)
+    if num_undefined:
+        return Estimate(math.nan, None, count, num_undefined)
     if count == 1:
         return Estimate(values[0], None, 1)
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise ImportError("Intervals need scipy: pip install 'shrp_hf[metrics]'.") from error
+    from scipy.stats import t
+
     margin = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Estimate(statistics.fmean(values), margin, count)
 
@@ -84,13 +93,14 @@ class Row:
             for layer in range(len(kept[0]))
         ]
 
-    def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
+    def over_seeds(self, value: Callable[[Cell], float | None]) -> Estimate:
         """Mean and interval of a number of a cell."""
         return estimate([value(cell) for cell in self.cells])
 
-    def against_dense(self, value: Callable[[Cell], float]) -> Estimate:
+    def against_dense(self, value: Callable[[Cell], float | None]) -> Estimate:
         """Mean and interval of the ratio to the dense model of the same seed."""
-        return estimate([value(a) / value(b) if value(b) else math.nan for a, b in zip(self.cells, self.dense, strict=True)])
+        pairs = [(value(a), value(b)) for a, b in zip(self.cells, self.dense, strict=True)]
+        return estimate([a / b if a is not None and b else None for a, b in pairs])
 
 
 def name_of(cell: Cell) -> str:
@@ -172,12 +182,13 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     lines = [titles]
     for row in rows:
         cell, dense = row.cells[0], row.dense[0]
+        share = row.against_dense(lambda cell: cell["metrics"][headline])
         line = [
             row.name,
             training_of(cell),
             str(len(row.cells)),
             row.over_seeds(lambda cell: cell["metrics"][headline]).text(),
-            row.against_dense(lambda cell: cell["metrics"][headline]).text(1, 100),
+            "-" if math.isnan(share.mean) else share.text(1, 100),
             row.over_seeds(lambda cell: cell["agreement"]).text(1, 100),
             row.over_seeds(lambda cell: cell["held_out"][headline]).text(),
             f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,7 +39,7 @@ from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import to_shrp
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.task import Task, for_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +115,18 @@ class Compression:
         check_reachable(speeds, targets, total)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
-        show(f"Held-out {headline} of the dense model: {quality:.4f}")
-        if targets.keep_quality is not None and quality <= 0:
-            raise ValueError(f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {quality:.4f}.")
+        show(f"Held-out {headline} of the dense model: {shown(quality)}")
+        if targets.keep_quality is not None and not quality > 0:
+            raise ValueError(
+                f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
+            )
         say(f"3/5 training candidates: {targets}")
 
         def attempt(candidate: Candidate) -> Trial:
             show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
             trial = self.attempt(candidate, quality)
-            found = f"held-out {headline} {trial.quality:.4f} ({trial.retention:.1%} of dense)"
+            found = f"held-out {headline} {shown(trial.quality)}"
+            found += "" if math.isnan(trial.retention) else f" ({trial.retention:.1%} of dense)"
             show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
             return trial
 
@@ -171,7 +175,7 @@ class Compression:
         quality = self._held_out(f"trials/{candidate.name}", model)
         timings = self._timings(candidate)
         speedup = timings[candidate.name].ratio_to(timings[DENSE])
-        return Trial(candidate, quality, quality / dense_quality if dense_quality > 0 else float("nan"), speedup)
+        return Trial(candidate, quality, quality / dense_quality if dense_quality > 0 else math.nan, speedup)
 
     def _train(self, candidate: Candidate) -> PreTrainedModel:
         recipe, layers = self.options.recipe, candidate.layers(self.source.config.num_hidden_layers)
@@ -199,8 +203,9 @@ class Compression:
         path = self.output / folder / "held_out.json"
         if not path.exists():
             metrics = self.task.compute_metrics(self.predict(model, self.data["validation"], self.tokenizer))
-            write_text(path, json.dumps(metrics) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))[self.task.headline]
+            write_text(path, json.dumps(for_json(metrics)) + "\n")
+        quality = json.loads(path.read_text(encoding="utf-8"))[self.task.headline]
+        return math.nan if quality is None else quality
 
     def _timings(self, candidate: Candidate) -> dict[str, Timing]:
         def verified() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
 from shrp_hf.record import Rows, RunRecord, Score, expert_choice, source_name
 from shrp_hf.report import compare_models, measure_models, write_text
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.task import Task, for_json, shown
 
 NUM_RESAMPLES = 1000
 
@@ -119,9 +119,12 @@ def write_verdict(
         **expert_choice(verdict.options.recipe, task),
     )
     write_card(output / "model", record)
-    points = {trial.candidate.name: [_point(trial, task)] for trial in verdict.trials}
-    plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
-    write_text(output / "report.md", _report(verdict, task, reported, compare_models(rows, scores, task)))
+    points = {t.candidate.name: [_point(t, task)] for t in verdict.trials if not math.isnan(t.quality)}
+    picture = "No picture: the quality of every candidate is undefined.\n"
+    if points:
+        plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
+        picture = "![quality against speed](trials.png)\n"
+    write_text(output / "report.md", _report(verdict, task, reported, picture, compare_models(rows, scores, task)))
     summary = {
         "met": verdict.met,
         "targets": asdict(verdict.targets),
@@ -132,7 +135,7 @@ def write_verdict(
         "command": command_line(),
         "environment": environment(),
     }
-    write_text(output / "compress.json", json.dumps(summary, indent=2) + "\n")
+    write_text(output / "compress.json", json.dumps(for_json(summary), indent=2) + "\n")
 
 
 def _point(trial: Trial, task: Task) -> tuple[float, float, float, float]:
@@ -145,7 +148,7 @@ def _interval(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def _report(verdict: Verdict, task: Task, reported: Reported, comparison: str) -> str:
+def _report(verdict: Verdict, task: Task, reported: Reported, picture: str, comparison: str) -> str:
     where, (batch_size, length) = environment(), verdict.options.shape
     caveat = "" if verdict.options.dense_epochs else (
         "\nThe model came fine-tuned: if it was fine-tuned on these held-out rows too, its quality on them flatters it, and "
@@ -169,8 +172,7 @@ Quality is that of {len(task.validation)} rows held out of the training set; spe
 {batch_size} x {length} tokens on {verdict.options.device}, predicted before the training and measured again after it.
 {_why(verdict)}
 {caveat}
-![quality against speed](trials.png)
-
+{picture}
 ## Speed of every shape, before any training
 
 All in turns, in one run; throughput as a multiple of the dense model's.
@@ -182,7 +184,8 @@ All in turns, in one run; throughput as a multiple of the dense model's.
 def _headline(verdict: Verdict, headline: str) -> str:
     chosen = verdict.chosen
     what = chosen.candidate.describe(verdict.num_layers)
-    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {chosen.retention:.1%} of its held-out {headline}."
+    kept = "an undefined share" if math.isnan(chosen.retention) else f"{chosen.retention:.1%}"
+    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {kept} of its held-out {headline}."
     if verdict.met:
         return f"**The target is met**: {found}"
     missed = [] if verdict.targets.fast_enough(chosen.speedup) else ["speed"]
@@ -191,13 +194,18 @@ def _headline(verdict: Verdict, headline: str) -> str:
 
 
 def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> str:
-    def shown(value: float, interval: Interval, form: str) -> str:
+    def estimated(value: float, interval: Interval, form: str) -> str:
+        if math.isnan(value):
+            return f"({shown(value)})"
+        if any(map(math.isnan, interval)):
+            return f"{value:{form}} (no interval: undefined on some resamples)"
         return f"{value:{form}} (95% interval {interval[0]:{form}} to {interval[1]:{form}})"
 
+    result, dense = reported.result, reported.dense
+    kept = estimated(reported.retention, reported.retention_interval, ".1%")
     text = (
-        f"On the reported rows, which chose nothing, {headline} is {shown(reported.result, reported.result_interval, '.4f')} "
-        f"against {shown(reported.dense, reported.dense_interval, '.4f')} dense: "
-        f"{shown(reported.retention, reported.retention_interval, '.1%')} of it is kept."
+        f"On the reported rows, which chose nothing, {headline} is {estimated(result, reported.result_interval, '.4f')} "
+        f"against {estimated(dense, reported.dense_interval, '.4f')} dense: {kept} of it is kept."
     )
     if targets.keep_quality is None:
         return text
@@ -212,12 +220,13 @@ def _trial_table(verdict: Verdict, headline: str) -> str:
     lines = [f"| tried | layers converted | experts | predicted | measured | held-out {headline} | of dense | |"]
     lines += [
         "|---|---:|---:|---:|---:|---:|---:|---|",
-        f"| dense | 0 of {total} | | | 1.00x | {verdict.dense_quality:.4f} | | |",
+        f"| dense | 0 of {total} | | | 1.00x | {shown(verdict.dense_quality)} | | |",
     ]
     for trial in verdict.trials:
         cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
-        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", f"{trial.quality:.4f}"]
-        cells += [f"{trial.retention:.1%}", "**chosen**" if trial == verdict.chosen else ""]
+        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
+        retention = "-" if math.isnan(trial.retention) else f"{trial.retention:.1%}"
+        cells += [retention, "**chosen**" if trial == verdict.chosen else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

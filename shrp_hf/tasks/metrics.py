@@ -1,5 +1,6 @@
 """GLUE's metrics as local `evaluate` modules: `evaluate.load` fetches each from the Hub, these need no network."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class MatthewsCorrelation(LocalMetric):
 
 
 class Pearson(LocalMetric):
-    """Pearson correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+    """Pearson correlation, -1 to 1; NaN where it is undefined: predictions or references are constant."""
 
     value_type = "float64"
 
@@ -63,7 +64,7 @@ class Pearson(LocalMetric):
 
 
 class Spearman(LocalMetric):
-    """Spearman rank correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+    """Spearman rank correlation, -1 to 1; NaN where it is undefined: predictions or references are constant."""
 
     value_type = "float64"
 
@@ -72,10 +73,12 @@ class Spearman(LocalMetric):
 
 
 def _correlation(function: Any, predictions: np.ndarray, references: np.ndarray) -> float:
-    # A NaN here would make Trainer's choice of the best checkpoint arbitrary.
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0
-    return float(function(predictions, references)[0])
+    return math.nan if _is_constant(predictions) or _is_constant(references) else float(function(predictions, references)[0])
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    """Whether the values differ by no more than the rounding of float32, in which one constant varies from batch to batch."""
+    return np.ptp(values) <= 16 * np.finfo(np.float32).eps * np.abs(values).max()
 
 
 METRICS: dict[str, type[LocalMetric]] = {

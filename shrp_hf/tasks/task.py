@@ -1,6 +1,7 @@
 """`Task`: three splits, what their labels mean, and how a prediction is judged."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,26 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-_NEEDS_METRICS = "Computing metrics needs evaluate, scikit-learn and scipy: pip install 'shrp_hf[metrics]'"
+_NEEDS_METRICS = "Computing metrics needs scikit-learn: pip install 'shrp_hf[metrics]'"
+
+
+def shown(value: float | None, form: str = ".4f") -> str:
+    """Prints a metric, or that it is undefined: a correlation is, where all predictions are one number.
+
+    Args:
+        value: The metric, or a ratio of two; NaN or None where it is undefined.
+        form: Format of a number.
+    """
+    return "undefined: constant predictions" if value is None or math.isnan(value) else format(value, form)
+
+
+def for_json(value: Any) -> Any:
+    """Returns what JSON can hold: None for numbers that are not finite, also inside of mappings and lists."""
+    if isinstance(value, Mapping):
+        return {name: for_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +125,12 @@ class Task:
                 (samples,).
 
         Returns:
-            One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1). F1 is that
-            of class 1 with two classes, macro-averaged with more.
+            One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1, NaN where one is
+            undefined because the predictions are constant). F1 is that of class 1 with two classes, macro-averaged with more.
 
         Raises:
             ImportError: The extra `metrics` is not installed.
-            ValueError: The logits do not have one column per label.
+            ValueError: The logits do not have one column per label, or are not finite.
         """
         try:
             from shrp_hf.tasks.metrics import measure
@@ -155,6 +175,12 @@ class Task:
             raise ValueError(
                 f"`prediction` must hold logits of shape {(len(labels), self.num_labels)} for task {self.name!r}, "
                 f"got {logits.shape}. Build the model with `**task.config_kwargs`."
+            )
+        if not np.isfinite(logits).all():  # of NaN, argmax would make the first class
+            rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+            raise ValueError(
+                f"`prediction` holds logits that are not finite, first in row {rows[0]} ({len(rows)} of {len(logits)}): a "
+                "weight is damaged, or half precision overflows: load another checkpoint, or evaluate in float32."
             )
         if self.is_regression:
             return logits[:, 0].astype(np.float64), labels.astype(np.float64)
