@@ -1,5 +1,6 @@
 """Which candidate to train next, and which of the trained ones to take: no files, no models."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ class Trial:
     def meets(self, targets: Targets) -> bool:
         """Whether it reaches every target."""
         return targets.fast_enough(self.speedup) and targets.good_enough(self.retention)
+
+
+def share_text(share: float, form: str = ".1%") -> str:
+    """Prints a share of the dense model's quality; a dash where that is 0, below or undefined, and so has no shares."""
+    return f"{share:{form}}" if math.isfinite(share) else "-"
 
 
 def check_reachable(speeds: Mapping[Candidate, float], targets: Targets, total: int) -> None:

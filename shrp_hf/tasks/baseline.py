@@ -71,6 +71,6 @@ def check_learned(task: Task, quality: float, model_name: str) -> None:
     shown = "undefined" if math.isnan(quality) else f"{quality:.4f}"
     raise ValueError(
         f"The dense model {model_name!r} has learned nothing that could be kept: its {task.headline} on the "
-        f"{len(task.validation):,} held-out rows is {shown}, not {than}. Fine-tune it on this data first (`--dense-epochs 3`), check "
-        "the order of its labels, or go on all the same with `--force`."
+        f"{len(task.validation):,} held-out rows is {shown}, not {than}. Fine-tune it on this data first (`--dense-epochs`), "
+        "check the order of its labels, or go on all the same with `--force`."
     )

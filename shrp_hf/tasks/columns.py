@@ -148,5 +148,7 @@ def _usual(columns: Sequence[str], tiers: Sequence[Sequence[str]], what: str, ar
 
 
 def _no_header(columns: Sequence[str]) -> str:
-    looks_like_row = any(len(name.split()) > 3 or name.strip().lstrip("+-").replace(".", "", 1).isdecimal() for name in columns)
+    looks_like_row = any(
+        len(name.split()) > 3 or name.strip().lstrip("+-").replace(".", "", 1).isdecimal() for name in columns
+    )
     return " The first line looks like a row: put a line with the names of the columns above it." if looks_like_row else ""

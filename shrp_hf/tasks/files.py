@@ -237,7 +237,7 @@ def _read_json(text: str, path: Path, notes: tuple[str, ...]) -> Table:
     for number, (line, record) in enumerate(rows):
         if not isinstance(record, dict):
             where = f"line {line}" if line else f"row {number} (counted from 0)"
-            raise ValueError(f"File {str(path)!r}, {where}: expected an object such as {{\"text\": ..., \"label\": ...}}.")
+            raise ValueError(f'File {str(path)!r}, {where}: expected an object such as {{"text": ..., "label": ...}}.')
         lines.append(line)
         records.append(record)
     if not records:

@@ -62,7 +62,7 @@ def _frequent(labels: np.ndarray, count: int) -> np.ndarray:
 
 def _rarest(labels: Sequence[Sequence[float]]) -> list[int]:
     counts = np.asarray(labels).sum(axis=0)
-    return [min(np.flatnonzero(row), key=lambda label: counts[label], default=-1) for row in np.asarray(labels)]
+    return [int(min(np.flatnonzero(row), key=lambda label: counts[label], default=-1)) for row in np.asarray(labels)]
 
 
 CLASSIFICATION = Kind("classification", "single_label_classification", ("accuracy", "f1"), _class, _majority, list)

@@ -77,8 +77,8 @@ class Labels:
             last = len(self.indices) - 1
             raise ValueError(f"label {label!r} is out of range: indices go from 0 to {last}, names: {shown(self.names)}.")
         raise ValueError(
-            f"label {label!r} is none of the {len(self.names)} classes of the training rows ({shown(self.names)}): correct it, "
-            "or add rows of that class to the training set."
+            f"label {label!r} is none of the {len(self.names)} classes of the training rows ({shown(self.names)}): correct "
+            "it, or add rows of that class to the training set."
         )
 
     def _classes(self, label: Any) -> list[int]:
@@ -173,8 +173,8 @@ def understand(raw: Sequence[Any], task: str | None, class_names: tuple[str, ...
     if task is None and len(words) > max(_FEW_CLASSES, len(raw) / 2):
         what = "numbers or classes (`--task regression` or `--task classification` says which)" if are_numbers else "classes"
         raise ValueError(
-            f"{len(words)} different labels in {len(raw)} rows are hardly {what}: name the right column with `--label-column`, "
-            "or give `--task`."
+            f"{len(words)} different labels in {len(raw)} rows are hardly {what}: name the right column with "
+            "`--label-column`, or give `--task`."
         )
     return Labels(kind, tuple(sorted(words, key=_numbers_first)))
 

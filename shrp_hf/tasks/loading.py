@@ -137,7 +137,9 @@ class _Loader:
             self.labels = self._understand(raw)
         self.train = self._normalised(train, self.columns, rows, raw)
         if source.spec is None and len({str(label) for label in self.train["label"]}) < 2:
-            raise ValueError(f"{source.title}, train: all rows have one label, but there must be at least two classes or values.")
+            raise ValueError(
+                f"{source.title}, train: all rows have one label, but there must be at least two classes or values."
+            )
 
     def task(self, seed: int, max_train: int | None, max_validation: int) -> Task:
         """Divides the rows and builds the task; the arguments are those of `load_task`."""

@@ -33,9 +33,7 @@ def cut_by_text(texts: Sequence[str], size: int, seed: int) -> tuple[list[int], 
     return _sides(range(len(texts)), held_out)
 
 
-def cut_stratified(
-    texts: Sequence[str], strata: Sequence[Hashable], size: int, seed: int
-) -> tuple[list[int], list[int]]:
+def cut_stratified(texts: Sequence[str], strata: Sequence[Hashable], size: int, seed: int) -> tuple[list[int], list[int]]:
     """Cuts held-out rows so that a text is on one side only and each stratum gives about the same share of its rows.
 
     Args:
