@@ -63,7 +63,7 @@ def quick(monkeypatch):
 
 def comparison(work, output, grid, **settings):
     task = load_task("sst2", work)
-    return Comparison(Settings(str(work / "model"), **(SETTINGS | settings)), grid, task, output)
+    return Comparison(Settings(str(work / "model"), **(SETTINGS | settings)), grid, task, output, force=True)
 
 
 FULL = Grid(
@@ -480,7 +480,7 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
         Grid(expert_layers=(1,)).check(ModelShape(3, 4, has_expert_layers=False))
     grid = Grid(selectors=("cahp",), heads=(6,))
     with pytest.raises(ValueError, match="compares classes, but the task is a regression: leave it out"):
-        grid.check(ModelShape(3, 4, is_regression=True))
+        grid.check(ModelShape(3, 4, has_classes=False))
     monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
         grid.check(SHAPE)
@@ -519,7 +519,7 @@ def test_grids_of_a_directory_are_worked_on_in_their_order(work, tmp_path, quick
 
 @pytest.mark.parametrize("task", page.TASKS)
 def test_grids_of_the_results_page_suit_its_model(task):
-    shape = ModelShape(6, 12, is_regression=task == "stsb")
+    shape = ModelShape(6, 12, has_classes=task != "stsb")
     for grid in page.grids(task, (0, 1, 2)):
         grid.check(shape)
     page.settings(task, "model")

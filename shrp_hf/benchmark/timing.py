@@ -155,8 +155,11 @@ def training_step(model: nn.Module, batch_size: int, length: int) -> Callable[[]
     """
     inputs = random_inputs(model, batch_size, length)
     if type(model).__name__.endswith("ForSequenceClassification"):
-        dtype = torch.float if model.config.num_labels == 1 else torch.long
-        inputs["labels"] = torch.zeros(batch_size, dtype=dtype, device=model.device)
+        count = model.config.num_labels
+        several = model.config.problem_type == "multi_label_classification"
+        dtype = torch.float if several or count == 1 else torch.long
+        size = (batch_size, count) if several else (batch_size,)
+        inputs["labels"] = torch.zeros(size, dtype=dtype, device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model.train()
 

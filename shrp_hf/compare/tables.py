@@ -97,10 +97,12 @@ class Row:
         """Mean and interval of a number of a cell."""
         return estimate([value(cell) for cell in self.cells])
 
-    def against_dense(self, value: Callable[[Cell], float | None]) -> Estimate:
-        """Mean and interval of the ratio to the dense model of the same seed."""
+    def against_dense(self, value: Callable[[Cell], float | None]) -> Estimate | None:
+        """Mean and interval of the ratio to the dense model of the same seed; None where one of those is not above 0."""
         pairs = [(value(a), value(b)) for a, b in zip(self.cells, self.dense, strict=True)]
-        return estimate([a / b if a is not None and b else None for a, b in pairs])
+        if not all(dense is not None and dense > 0 for _, dense in pairs):
+            return None
+        return estimate([None if found is None else found / dense for found, dense in pairs])
 
 
 def name_of(cell: Cell) -> str:
@@ -164,7 +166,15 @@ def markdown_table(rows: Sequence[Row], headline: str) -> str:
     """Returns `table_of` as Markdown."""
     titles, *lines = table_of(rows, headline)
     lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    reason = no_share(rows, headline)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + (f"\n{reason}\n" if reason else "")
+
+
+def no_share(rows: Sequence[Row], headline: str) -> str:
+    """Returns why a table has dashes under "of dense"; empty where it has none."""
+    if all(row.against_dense(lambda cell: cell["metrics"][headline]) is not None for row in rows):
+        return ""
+    return f'"-" under "of dense": the {headline} of a dense model is not above 0 or undefined, so nothing is a share of it.'
 
 
 def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
@@ -179,7 +189,7 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     titles += ["encoder", "encoder + pooler", "whole model", "FLOPs", "examples"]
     has_speed = any(row.speed for row in rows)
     titles += ["throughput"] * has_speed
-    lines = [titles]
+    lines = [titles, *_blind_line(rows, headline, len(titles))]
     for row in rows:
         cell, dense = row.cells[0], row.dense[0]
         share = row.against_dense(lambda cell: cell["metrics"][headline])
@@ -188,7 +198,7 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
             training_of(cell),
             str(len(row.cells)),
             row.over_seeds(lambda cell: cell["metrics"][headline]).text(),
-            "-" if math.isnan(share.mean) else share.text(1, 100),
+            "-" if share is None else share.text(1, 100),
             row.over_seeds(lambda cell: cell["agreement"]).text(1, 100),
             row.over_seeds(lambda cell: cell["held_out"][headline]).text(),
             f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",
@@ -206,6 +216,30 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     return lines
 
 
+def blind_of(row: Row, headline: str) -> tuple[str, Estimate | None, Estimate | None] | None:
+    """What answering without reading reaches: name, reported and held-out headline (None: undefined); None if not recorded."""
+    baselines = [cell.get("baseline") for cell in row.dense]
+    if not all(baselines):
+        return None
+    reported, held_out = (
+        None
+        if any(found[split][headline] is None for found in baselines)
+        else estimate([found[split][headline] for found in baselines])
+        for split in ("metrics", "held_out")
+    )
+    return baselines[0]["name"], reported, held_out
+
+
+def _blind_line(rows: Sequence[Row], headline: str, width: int) -> list[list[str]]:
+    dense = next((row for row in rows if row.cells[0]["method"] == "dense"), None)
+    found = dense and blind_of(dense, headline)
+    if not found:
+        return []
+    name, reported, held_out = found
+    shown = [reported.text() if reported else "- (undefined)", "-", "-", held_out.text() if held_out else "- (undefined)"]
+    return [[name, "-", str(len(dense.cells)), *shown, *["-"] * (width - 7)]]
+
+
 def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
     """Returns a table with one row a cell: what it is, what it reached, what it costs. Empty where a number has no meaning."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
@@ -220,6 +254,12 @@ def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
         speed = (timings or {}).get(group_of(cell), {})
         row |= {f"speed_{name}": speed.get(name) for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second")}
         rows.append({**row, "kept": json.dumps(cell["kept"])})
+    for cell in cells:
+        baseline = cell.get("baseline")
+        if baseline:
+            row = {"key": f"majority-seed{cell['seed']}", "method": "majority", "seed": cell["seed"], "rows": cell["rows"]}
+            row |= baseline["metrics"] | {f"held_out_{name}": value for name, value in baseline["held_out"].items()}
+            rows.append(dict.fromkeys(rows[0]) | row)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -31,7 +31,7 @@ from shrp_hf.compress.candidates import (
     worthwhile,
 )
 from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.search import Trial, best, check_reachable, search
+from shrp_hf.compress.search import Trial, best, check_reachable, search, share_text
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
 from shrp_hf.models.safe_weights import load_safely
@@ -39,6 +39,7 @@ from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import to_shrp
+from shrp_hf.tasks.baseline import check_learned
 from shrp_hf.tasks.task import Task, for_json, shown
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,8 @@ class Compression:
             show: Called with Markdown worth reading meanwhile.
 
         Raises:
-            ValueError: No candidate reaches the speed-up (raised before anything is trained), or the dense model has
-                learned nothing that could be kept.
+            ValueError: No candidate reaches the speed-up (raised before anything is trained), or the dense model is not
+                better than the majority class on the held-out rows.
         """
         options, targets = self.options, self.options.targets
         total = self.source.config.num_hidden_layers
@@ -116,6 +117,8 @@ class Compression:
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
         show(f"Held-out {headline} of the dense model: {shown(quality)}")
+        if not options.force:
+            check_learned(self.task, quality, self.model_name)
         if targets.keep_quality is not None and not quality > 0:
             raise ValueError(
                 f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
@@ -125,8 +128,7 @@ class Compression:
         def attempt(candidate: Candidate) -> Trial:
             show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
             trial = self.attempt(candidate, quality)
-            found = f"held-out {headline} {shown(trial.quality)}"
-            found += "" if math.isnan(trial.retention) else f" ({trial.retention:.1%} of dense)"
+            found = f"held-out {headline} {shown(trial.quality)} ({share_text(trial.retention)} of dense)"
             show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
             return trial
 

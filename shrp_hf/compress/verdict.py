@@ -13,15 +13,17 @@ from transformers import EvalPrediction, PreTrainedModel
 from shrp_hf.benchmark import Timing
 from shrp_hf.compress.candidates import Candidate, speed_table
 from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.search import Targets, Trial
+from shrp_hf.compress.search import Targets, Trial, share_text
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
 from shrp_hf.record import Rows, RunRecord, Score, expert_choice, source_name
 from shrp_hf.report import compare_models, measure_models, write_text
+from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
 
 NUM_RESAMPLES = 1000
+_NO_SHARE = "No share of the dense model's quality can be given (a dash): one of the two {} is undefined, or not above 0."
 
 Interval = tuple[float, float]
 
@@ -166,7 +168,7 @@ Command: `{command_line()}`. Machine: {where["machine"]}, torch {where["torch"]}
 {comparison}
 ## What was tried
 
-{_trial_table(verdict, task.headline)}
+{_trial_table(verdict, task)}
 
 Quality is that of {len(task.validation)} rows held out of the training set; speed was measured against the dense model at
 {batch_size} x {length} tokens on {verdict.options.device}, predicted before the training and measured again after it.
@@ -184,8 +186,8 @@ All in turns, in one run; throughput as a multiple of the dense model's.
 def _headline(verdict: Verdict, headline: str) -> str:
     chosen = verdict.chosen
     what = chosen.candidate.describe(verdict.num_layers)
-    kept = "an undefined share" if math.isnan(chosen.retention) else f"{chosen.retention:.1%}"
-    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {kept} of its held-out {headline}."
+    kept = f"{share_text(chosen.retention)} of its held-out {headline}"
+    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {kept}."
     if verdict.met:
         return f"**The target is met**: {found}"
     missed = [] if verdict.targets.fast_enough(chosen.speedup) else ["speed"]
@@ -197,15 +199,17 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
     def estimated(value: float, interval: Interval, form: str) -> str:
         if math.isnan(value):
             return f"({shown(value)})"
-        if any(map(math.isnan, interval)):
-            return f"{value:{form}} (no interval: undefined on some resamples)"
-        return f"{value:{form}} (95% interval {interval[0]:{form}} to {interval[1]:{form}})"
+        low, high = (share_text(bound, form) for bound in interval)
+        return f"{value:{form}} (95% interval {low} to {high})"
 
+    if math.isnan(reported.retention):
+        kept = _NO_SHARE.format(headline)
+    else:
+        kept = f"{estimated(reported.retention, reported.retention_interval, '.1%')} of it is kept."
     result, dense = reported.result, reported.dense
-    kept = estimated(reported.retention, reported.retention_interval, ".1%")
     text = (
         f"On the reported rows, which chose nothing, {headline} is {estimated(result, reported.result_interval, '.4f')} "
-        f"against {estimated(dense, reported.dense_interval, '.4f')} dense: {kept} of it is kept."
+        f"against {estimated(dense, reported.dense_interval, '.4f')} dense: {kept}"
     )
     if targets.keep_quality is None:
         return text
@@ -215,19 +219,22 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
     return f"{text} The target of {targets.keep_quality:.1%} {holds}{unsure}."
 
 
-def _trial_table(verdict: Verdict, headline: str) -> str:
-    total = verdict.num_layers
+def _trial_table(verdict: Verdict, task: Task) -> str:
+    total, headline, blind = verdict.num_layers, task.headline, baseline_of(task, task.validation)
+    blind_quality = blind.metrics[headline]
     lines = [f"| tried | layers converted | experts | predicted | measured | held-out {headline} | of dense | |"]
     lines += [
         "|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| {blind.name} | | | | | {share_text(blind_quality, '.4f')} | | |",
         f"| dense | 0 of {total} | | | 1.00x | {shown(verdict.dense_quality)} | | |",
     ]
     for trial in verdict.trials:
         cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
         cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
-        retention = "-" if math.isnan(trial.retention) else f"{trial.retention:.1%}"
-        cells += [retention, "**chosen**" if trial == verdict.chosen else ""]
+        cells += [share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if not verdict.dense_quality > 0:
+        lines.append(f"\n{_NO_SHARE.format(headline)}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from datasets import Features, Value
+from datasets import Features, List, Value
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -18,12 +18,13 @@ class LocalMetric(evaluate.Metric):
     """
 
     value_type = "int64"
+    takes_several = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
-        value = Value(self.value_type)
+        value = List(Value(self.value_type)) if self.takes_several else Value(self.value_type)
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
@@ -45,6 +46,24 @@ class F1(LocalMetric):
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray, average: str = "binary") -> dict[str, float]:
         return {"f1": float(f1_score(references, predictions, average=average, zero_division=0.0))}
+
+
+class MicroF1(LocalMetric):
+    """F1 over all decisions for all labels together, 0 to 1, where a row can have several: arrays (samples, labels)."""
+
+    takes_several = True
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"f1_micro": float(f1_score(references, predictions, average="micro", zero_division=0.0))}
+
+
+class MacroF1(LocalMetric):
+    """Mean over the labels of the F1 of each, 0 to 1, where a row can have several: arrays (samples, labels)."""
+
+    takes_several = True
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
 
 
 class MatthewsCorrelation(LocalMetric):
@@ -84,6 +103,8 @@ def _is_constant(values: np.ndarray) -> bool:
 METRICS: dict[str, type[LocalMetric]] = {
     "accuracy": Accuracy,
     "f1": F1,
+    "f1_macro": MacroF1,
+    "f1_micro": MicroF1,
     "matthews_correlation": MatthewsCorrelation,
     "pearson": Pearson,
     "spearmanr": Spearman,
