@@ -287,7 +287,7 @@ class ShrpTrainer(FiniteTrainer):
         self._window.append(torch.stack([task.detach().float(), balance.detach().float()]))
         for layer, logits in zip(self._shrp_model().config.expert_layers, router_logits, strict=True):
             log_p = logits.detach().float().log_softmax(dim=-1)
-            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(logits.shape[-1])
+            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(max(2, logits.shape[-1]))  # a single expert: 0
             self._entropy_window.setdefault(layer, []).append(entropy)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -317,7 +317,8 @@ class ShrpTrainer(FiniteTrainer):
         return logs
 
     def _report_collapse(self, stage: str, layer: int, counts: list[int], share: float) -> None:
-        if share < COLLAPSE_SHARE or sum(counts) < 2 * len(counts) or (stage, layer) in self._reported:
+        too_few = len(counts) < 2 or sum(counts) < 2 * len(counts)  # experts to choose from, sequences to judge by
+        if share < COLLAPSE_SHARE or too_few or (stage, layer) in self._reported:
             return
         self._reported.add((stage, layer))
         expert = counts.index(max(counts))
