@@ -242,6 +242,9 @@ class RunRecord(_Checked):
             Measured.of(row, rows[0], [Score.of(name, value, len(task.test)) for name, value in scores[row.name].items()])
             for row in rows
         ]
+        timing = rows[0].timing
+        if timing is not None:
+            fields.setdefault("shape", (timing.batch_size, timing.length))
         names = (name for name, path in model.auto_classes.items() if path.endswith(f".{type(model).__name__}"))
         return cls(
             auto_class=next(names, "AutoModel"),

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 
 from shrp_hf.benchmark import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.files import written_whole
+from shrp_hf.lengths import num_positions
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, shown
 
@@ -71,8 +72,7 @@ def measure_models(
         timings: Name -> timing, where they were measured in one run already; FLOPs are counted at their shape.
     """
     batch_size, length = BENCHMARK_SHAPE
-    longest = next(iter(models.values())).config.max_position_embeddings
-    length = min(length, longest - 2)  # RoBERTa's positions begin behind the padding index
+    length = min([length, *filter(None, map(num_positions, models.values()))])
     models = {name: model.to("cpu").eval() for name, model in models.items()}
     if timings is None:
         timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)

@@ -225,14 +225,10 @@ def test_the_seed_reaches_the_plane():
     planes = [embed(gram, seed=seed) for seed in (0, 0, 1)]
     assert np.array_equal(planes[0], planes[1])
     assert not np.allclose(planes[0], planes[2])
-    clusters = [set(map(tuple, HeadClusters(plane).labels(5)[:, None] == HeadClusters(plane).labels(5))) for plane in planes]
-    assert clusters[0] == clusters[1]
 
 
 def test_salience_of_zero_is_refused():
     model = bert()
     torch.nn.init.zeros_(model.classifier.weight)
-    with pytest.raises(
-        ValueError, match=r"^The salience of every head is 0, which chooses nothing: check that the model has "
-    ):
+    with pytest.raises(ValueError, match="^The salience of every head is 0, which chooses nothing: check that "):
         CahpSelector(budget=Budget.heads(8), perplexity=5, **OPTIONS).select(model, text_batches())

@@ -226,9 +226,9 @@ def silent():
 def test_importance_of_zero_is_refused(selector_class):
     selector = selector_class(budget=Budget.heads(6))
     message = (
-        "The importance of every head is 0, which chooses nothing: check that the model has learned the task, that the batches "
-        "carry its labels, and that some of them are hard enough to give a gradient; score in float32, or take a selector that "
-        "needs no gradient (entropy, magnitude, random)."
+        "The importance of every head is 0, which chooses nothing: check that the model has learned the task, that the "
+        "batches carry its labels, and that some of them are hard enough to give a gradient; score in float32, or take a "
+        "selector that needs no gradient (entropy, magnitude, random)."
     )
     with pytest.raises(ValueError, match=exact(message)):
         selector.select(silent(), text_batches())

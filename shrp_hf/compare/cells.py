@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +27,7 @@ from shrp_hf.compare.architectures import first_layers
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.lengths import num_positions
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
@@ -107,7 +109,9 @@ class Worker:
         self.task = task
         self.output = output
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length)
+        self.data = task.tokenize(
+            self.tokenizer, max_length=settings.max_length, model=AutoConfig.from_pretrained(settings.model)
+        )
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
         """The file that says that a job is done."""
@@ -324,7 +328,7 @@ class Worker:
         is_same = np.abs(decided - dense) <= self.settings.tolerance if task.is_regression else decided == dense
         is_same = is_same.reshape(len(decided), -1).all(axis=-1)
         batch_size, length = BENCHMARK_SHAPE
-        length = min(length, config.max_position_embeddings - 2)
+        length = min(length, num_positions(model) or length)
         kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
         return {
             "kept": kept,

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from shrp_hf.compress.options import CompressOptions
 from shrp_hf.compress.search import Trial, best, check_reachable, search, share_text
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
+from shrp_hf.lengths import fitting_length
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
@@ -82,12 +83,15 @@ class Compression:
         self.measure, self.predict = measure, predict
         set_seed(options.seed)
         self.source = load_source(model_name, task, fine_tuned=not options.dense_epochs)
+        batch_size, length = options.shape
+        options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
+        self.options = options
         self.choices = candidates(self.source.config, options.experts)
         untrained(self.source, self.choices[0])  # refuses, by name, what cannot be converted
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
         data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
         claim(output, {"model": model_name, **data, **options.identity})
-        self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
+        self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
             self.data,
             self.tokenizer,

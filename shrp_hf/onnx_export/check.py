@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.lengths import num_positions
 from shrp_hf.outputs import MULTI_LABEL, REGRESSION, predicts_per_token, problem_type, task_head
 
 Text = str | tuple[str, ...]
@@ -17,12 +18,6 @@ Arrays = dict[str, np.ndarray]
 BATCH_SIZE = 16
 MAX_LENGTH = 128
 NUM_RANDOM = 24
-
-
-def max_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model has positions for; RoBERTa's begin behind the padding index."""
-    offset = getattr(getattr(model.base_model.embeddings, "position_embeddings", None), "padding_idx", None)
-    return model.config.max_position_embeddings - (0 if offset is None else offset + 1)
 
 
 def is_multiple_choice(model: PreTrainedModel) -> bool:
@@ -53,7 +48,7 @@ def make_batches(model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text]) 
     names = input_names(model, tokenizer)
     if names == ["pixel_values"]:
         return _random_images(model)
-    longest = min(max_length(model), MAX_LENGTH)
+    longest = min(num_positions(model) or MAX_LENGTH, MAX_LENGTH)
     if tokenizer is None:
         rows = _random_rows(model, longest)
     else:

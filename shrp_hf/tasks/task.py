@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from shrp_hf.lengths import fitting_length
 from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
 
 _MOST_SHOWN = 8  # classes that are named
@@ -103,13 +104,14 @@ class Task:
             "label2id": label2id,
         }
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, model: Any = None) -> DatasetDict:
         """Turns the three splits into token ids, unpadded: a `DataCollatorWithPadding` pads each batch to its longest.
 
         Args:
             tokenizer: The model's tokenizer.
-            max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. A tokenizer
-                with a smaller limit wins.
+            max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. More than
+                the tokenizer or the model allows is clamped, and said in the log.
+            model: The model that will read them, or its config.
 
         Returns:
             The splits "train", "validation" and "test", with the tokenizer's columns and `label`.
@@ -118,7 +120,7 @@ class Task:
             ValueError: `max_length` leaves no room for a token of text.
         """
         special = tokenizer.num_special_tokens_to_add(pair=self.is_pair)
-        length = min(max_length, tokenizer.model_max_length)
+        length = fitting_length(max_length, [] if model is None else [model], tokenizer)
         if length <= special:
             raise ValueError(f"`max_length` must exceed the {special} special tokens of a sequence, got {max_length}.")
 
