@@ -300,6 +300,14 @@ def test_timing_training_leaves_the_models_as_they_were():
         pytest.param(BertModel, BertConfig(**TINY), id="base model"),
         pytest.param(BertForSequenceClassification, BertConfig(**TINY), id="classifier"),
         pytest.param(BertForSequenceClassification, BertConfig(**TINY, num_labels=1), id="regressor"),
+        pytest.param(
+            BertForSequenceClassification, BertConfig(**TINY, num_labels=3, problem_type="regression"), id="three numbers"
+        ),
+        pytest.param(
+            BertForSequenceClassification,
+            BertConfig(**TINY, num_labels=3, problem_type="multi_label_classification"),
+            id="several labels",
+        ),
         pytest.param(RobertaForMaskedLM, RobertaConfig(**TINY), id="language model"),
     ],
 )

@@ -262,11 +262,33 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     assert "random, 6 heads" in page
 
 
+@pytest.mark.parametrize("undefined", ["one seed", "all", "dense"])
+def test_undefined_metrics_are_said_and_left_out_of_pictures(undefined, compared, tmp_path):
+    """As of a correlation, where all predictions are one number."""
+    (tmp_path / "cells").mkdir()
+    for path in (compared / "cells").glob("*.json"):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        is_chosen = cell["method"] == ("dense" if undefined == "dense" else "random")
+        if is_chosen and (undefined != "one seed" or cell["seed"] == 1):
+            cell["metrics"]["accuracy"] = cell["held_out"]["accuracy"] = None
+        (tmp_path / "cells" / path.name).write_text(json.dumps(cell), encoding="utf-8")
+    written = {path.name: path for path in write_results(tmp_path)}
+    table = written["table.md"].read_text(encoding="utf-8")
+    assert "nan" not in table
+    start = "| dense |" if undefined == "dense" else "| random, 6 heads | 0 recovery |"
+    (line,) = [line for line in table.splitlines() if line.startswith(start)]
+    count = "1 of 2" if undefined == "one seed" else "2 of 2"
+    assert f"| undefined: constant predictions ({count} seeds) | {'-' if undefined == 'dense' else 'undefined'}" in line
+    assert ",,," in written["cells.csv"].read_text(encoding="utf-8")
+
+
 def test_estimate_by_hand():
     assert estimate([0.5]).margin is None
     three = estimate([1.0, 2.0, 3.0])
     assert (three.mean, three.num) == (2.0, 3)
     assert three.margin == pytest.approx(4.302652730 / math.sqrt(3), rel=1e-6)
+    assert estimate([None]).text() == "undefined: constant predictions"
+    assert estimate([1.0, math.nan, None]).text() == "undefined: constant predictions (2 of 3 seeds)"
     with pytest.raises(ValueError, match="at least one number"):
         estimate([])
 
