@@ -1,5 +1,6 @@
 """Models side by side: quality on the reported split, parameters, FLOPs, measured speed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
         task: The task.
     """
     metrics = "\n".join(
-        f"- {row.name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[row.name].items()) for row in rows
+        f"- {row.name}: "
+        + ", ".join(f"{metric} {'-' if math.isnan(value) else f'{value:.4f}'}" for metric, value in scores[row.name].items())
+        for row in rows
     )
     blind, total = baseline_of(task, task.test), len(task.test)
     metrics += f"\n- {blind.name}: {blind.text()}"

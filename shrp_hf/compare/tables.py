@@ -31,7 +31,9 @@ class Estimate:
     num: int
 
     def text(self, decimals: int = 4, scale: float = 1.0) -> str:
-        """Prints "mean ± margin"."""
+        """Prints "mean ± margin"; a dash for what is undefined."""
+        if math.isnan(self.mean):
+            return "-"
         margin = "" if self.margin is None else f" ± {self.margin * scale:.{decimals}f}"
         return f"{self.mean * scale:.{decimals}f}{margin}"
 

@@ -115,7 +115,7 @@ class Compression:
         check_reachable(speeds, targets, total)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
-        show(f"Held-out {headline} of the dense model: {quality:.4f}")
+        show(f"Held-out {headline} of the dense model: {share_text(quality, '.4f')}")
         if not options.force:
             check_learned(self.task, quality, self.model_name)
         if targets.keep_quality is not None and not quality > 0:
@@ -125,7 +125,7 @@ class Compression:
         def attempt(candidate: Candidate) -> Trial:
             show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
             trial = self.attempt(candidate, quality)
-            found = f"held-out {headline} {trial.quality:.4f} ({share_text(trial.retention)} of dense)"
+            found = f"held-out {headline} {share_text(trial.quality, '.4f')} ({share_text(trial.retention)} of dense)"
             show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
             return trial
 

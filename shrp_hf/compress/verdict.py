@@ -234,7 +234,7 @@ def _trial_table(verdict: Verdict, task: Task) -> str:
     ]
     for trial in verdict.trials:
         cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
-        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", f"{trial.quality:.4f}"]
+        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", share_text(trial.quality, ".4f")]
         cells += [share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if not verdict.dense_quality > 0:
