@@ -47,6 +47,8 @@ def stand_ins(tmp_path_factory):
     root = tmp_path_factory.mktemp("stand-ins")
     (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
     tokenizer = BertTokenizer(vocab=str(root / "vocab.txt"), model_max_length=40)
+    lines = [f"{text},{('bad', 'good')[row % 2]}" for row, text in enumerate(rows(60)["sentence"])]
+    (root / "reviews.csv").write_text("\n".join(["Review,Sentiment", *lines]) + "\n", encoding="utf-8")
 
     def save(model, *names):
         for name in names:

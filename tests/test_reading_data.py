@@ -426,6 +426,18 @@ def test_metrics_of_several_labels_equal_hand_values():
     assert task.bootstrap([EvalPrediction(logits, np.asarray(rows["label"]))], num_resamples=3).shape == (1, 3)
 
 
+def test_other_rows_are_another_run(tmp_path):
+    name = write_csv(tmp_path / "rows.csv", records())
+    rows = [{**row, "other": row["id"] % 2} for row in records()]
+    both = write_csv(tmp_path / "both" / "rows.csv", rows)
+    first, same, other = (
+        load_task(name, reading=reading).identity
+        for name, reading in ((name, None), (both, None), (both, Reading(label_column="other")))
+    )
+    assert first == same != other
+    assert first["train_rows"] == other["train_rows"] == 44
+
+
 # --- the model's order ---
 
 

@@ -108,6 +108,7 @@ class Worker:
         self.output = output
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         self.data = task.tokenize(self.tokenizer, max_length=settings.max_length)
+        self.task_identity = task.identity
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
         """The file that says that a job is done."""
@@ -142,8 +143,7 @@ class Worker:
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a job's result depends on beside its key: a directory in which these differ is refused."""
-        task = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
-        return {**task, **asdict(self.settings), "recipe": job.recipe and asdict(job.recipe)}
+        return {**self.task_identity, **asdict(self.settings), "recipe": job.recipe and asdict(job.recipe)}
 
     # --- the kinds of jobs ---
 
