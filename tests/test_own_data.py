@@ -1,4 +1,4 @@
-"""Commands on data of one's own: labels in the model's order, the majority class beside every model, a dense model that learned."""
+"""Commands on data of one's own: the model's order of labels, the majority class, a dense model that has learned."""
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from shrp_hf.tasks import KINDS, Reading, Task, baseline_of, check_learned, labe
 from tests.test_compress import WORDS, flop_time
 from tests.test_reading_data import COUNT, REVIEWS, SEVERAL, all_rows, mood, records, write_csv, write_jsonl
 from tests.tiny import tiny_bert
-
 
 # --- the model's order ---
 
