@@ -35,10 +35,10 @@ class Reading:
     Args:
         text_column: Column of the text; None: found by its name. Case does not matter.
         text_pair_column: Column of the second text of a pair.
-        label_column: Column of the label; several names separated by commas are one column of 0 and 1 for each label.
+        label_column: Column of the label; several names separated by commas: a column of 0 and 1 for each label.
         task: Kind of the task, a name in `KINDS`; None: found from the labels.
-        label_names: Labels in the order of the model that is to be judged (`label_names_of`), which wins over the
-            alphabetical one; empty for a model without names.
+        label_names: Labels in the order of the model that is to be judged (`label_names_of`), which wins over
+            the alphabetical one; empty for a model without names.
 
     Raises:
         ValueError: The kind is unknown, or a second text is named without a first.

@@ -82,16 +82,17 @@ class Table:
 def read_file(path: Path, raw_quotes: bool = False) -> Table:
     """Reads one file by its ending: one of `SUFFIXES`.
 
-    Text is UTF-8, or UTF-16 with its mark. CSV has a header line and quotes as in RFC 4180; a file whose header has no
-    comma is divided at its semicolons, tabs or bars. TSV files keep their quotes, as GLUE's do, unless the rows fit
-    their header only when quoted or a field holds doubled quotes.
+    Text is UTF-8, or UTF-16 with its mark. CSV has a header line and quotes as in RFC 4180; a file whose header
+    has no comma is divided at its semicolons, tabs or bars. TSV files keep their quotes, as GLUE's do, unless the
+    rows fit their header only when quoted or a field holds doubled quotes.
 
     Args:
         path: The file.
         raw_quotes: Quotes of a TSV file are always text.
 
     Raises:
-        ValueError: The ending is unknown, or the file is empty, in another encoding, or has a row that does not fit.
+        ValueError: The ending is unknown, or the file is empty, in another encoding, or has a row that does not
+            fit.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":

@@ -17,8 +17,8 @@ class Kind:
         problem_type: The value of `problem_type` in a Transformers config.
         metric_names: What it is judged by, the headline first.
         decide: Turns logits (rows, labels) into what the labels are compared with.
-        constant: Returns the logits (labels,) of the best answer that does not look at the text, from the training labels
-            and the number of labels.
+        constant: Returns the logits (labels,) of the best answer that does not look at the text, from the
+            training labels and the number of labels.
         strata: Returns a value for each label; rows of one value are divided over the splits in equal shares.
     """
 

@@ -23,10 +23,10 @@ class Labels:
     Args:
         kind: The kind of task.
         names: One name per class; empty for regression.
-        indices: What raw whole numbers (or places in a row of 0 and 1) mean: position in the model's output; empty where
-            they are names themselves.
+        indices: What raw whole numbers (or places in a row of 0 and 1) mean: position in the model's output; empty
+            where they are names themselves.
         range: Lowest and highest value of a regression label.
-        is_multi_hot: Whether a row of several labels is a 0 or 1 for each, rather than a list of those that it has.
+        is_multi_hot: Whether a row of several labels is a 0 or 1 for each, rather than a list of those it has.
     """
 
     kind: Kind
@@ -92,7 +92,9 @@ class Labels:
 
 def is_missing(label: Any) -> bool:
     """Whether a raw label is none: nothing, an empty field, or NaN as data frames write it."""
-    return label is None or (isinstance(label, str) and not label.strip()) or (isinstance(label, float) and math.isnan(label))
+    if isinstance(label, float):
+        return math.isnan(label)
+    return label is None or (isinstance(label, str) and not label.strip())
 
 
 def as_number(label: Any) -> int | float | None:
@@ -180,7 +182,7 @@ def understand(raw: Sequence[Any], task: str | None, class_names: tuple[str, ...
 
 
 def in_order_of(labels: Labels, model_names: tuple[str, ...]) -> Labels:
-    """Puts classes into the order in which a model has them, where its names or its indices are those of the data.
+    """Puts classes into the order in which a model has them, where its names or indices are those of the data.
 
     Args:
         labels: Of the data set.
@@ -203,7 +205,7 @@ def in_order_of(labels: Labels, model_names: tuple[str, ...]) -> Labels:
 
 
 def label_names_of(model_name: str) -> tuple[str, ...]:
-    """Returns the names of a fine-tuned classifier's labels, in its order; empty for a model without a trained head.
+    """Returns the names of a fine-tuned classifier's labels, in its order; empty for one without a trained head.
 
     Args:
         model_name: Hub id or directory; only its config is read.

@@ -12,13 +12,14 @@ from shrp_hf.tasks.columns import Columns, Reading, find_column, find_columns
 from shrp_hf.tasks.docstrings import LIBRARIES, docstring_rows
 from shrp_hf.tasks.files import SUFFIXES, Table
 from shrp_hf.tasks.kinds import CLASSIFICATION, MULTILABEL, REGRESSION
-from shrp_hf.tasks.labels import UNLABELLED, Labels, as_word, in_order_of, is_missing, understand
+from shrp_hf.tasks.labels import UNLABELLED, Labels, as_number, as_word, in_order_of, is_missing, understand
 from shrp_hf.tasks.sources import SPECS, SPLITS, TaskSpec, canonical, find_directory, read_hub, read_path
 from shrp_hf.tasks.splits import cut_by_text, cut_stratified, cut_whole_sentences, sample
 from shrp_hf.tasks.task import Task
 
 _REPORTED_SHARE, _MOST_REPORTED = 5, 2000  # where no test rows come along: a fifth, or so many
 _MOST_NAMED = 3  # rows that a message names
+_MOST_WORDS = 10  # a tenth of the labels: what is not a number among numbers
 
 
 def load_task(
@@ -32,16 +33,16 @@ def load_task(
 ) -> Task:
     """Loads a task: its rows, what their labels mean, and three splits that share no text.
 
-    The reported split is the source's test split where it is labelled, otherwise its validation split. Of data that
-    has neither, a fifth (at most 2,000 rows) is set aside for it, with each class's share. It is whole, does not depend
-    on `seed`, and none of its rows is in another split. The held-out rows are the validation split of data that has
-    both, otherwise at most a tenth of the training set. Rows of SST-2 that are pieces of a held-out sentence are not
-    trained on. `Task.describe` says what was understood.
+    The reported split is the source's test split where it is labelled, otherwise its validation split. Of data
+    that has neither, a fifth (at most 2,000 rows) is set aside for it, with each class's share. It is whole, does
+    not depend on `seed`, and none of its rows is in another split. The held-out rows are the validation split of
+    data that has both (of GLUE's tasks and "sst5" never), otherwise at most a tenth of the training set. Rows of
+    SST-2 that are pieces of a held-out sentence are not trained on. `Task.describe` says what was understood.
 
     Args:
         name: "docstrings" (from the installed packages), a GLUE task ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli",
-            "qnli", "rte", "wnli"), "sst5", a file (CSV, TSV, JSON Lines, JSON, Parquet), a directory of such files or of
-            `save_to_disk`, or a Hub data set as "id" or "id:configuration".
+            "qnli", "rte", "wnli"), "sst5", a file (CSV, TSV, JSON Lines, JSON, Parquet), a directory of such files
+            or of `save_to_disk`, or a Hub data set as "id" or "id:configuration".
         data_dir: Directory that holds the task's files or a folder of its name, read instead of the Hub.
         reading: Which columns and what kind of task, where that is not to be found out.
         seed: Seed of the held-out cut and of the training sample.
@@ -133,6 +134,7 @@ class _Loader:
         self.has_mark = source.spec is not None or bool(self.class_names)
         self.notes = list(dict.fromkeys(note for table in source.tables.values() for note in table.notes))
         rows, raw = self._labelled(train, self.columns)
+        self._refuse_mixture(train, rows, raw)
         with _naming(f"{source.title}, train"):
             self.labels = self._understand(raw)
         self.train = self._normalised(train, self.columns, rows, raw)
@@ -191,6 +193,18 @@ class _Loader:
         else:
             labels = understand(raw, reading.task, self.class_names)
         return in_order_of(labels, reading.label_names)
+
+    def _refuse_mixture(self, table: Table, rows: Sequence[int], raw: Sequence[Any]) -> None:
+        """Refuses a column of numbers with a few words in it, such as NA or n/a: they would become classes."""
+        if self.has_mark or self.reading.task is not None or len(self.columns.labels) > 1:
+            return
+        words = [row for row, label in zip(rows, raw, strict=True) if as_number(label) is None]
+        if 0 < len(words) <= len(raw) // _MOST_WORDS and all(isinstance(label, str | int | float) for label in raw):
+            word = raw[rows.index(words[0])]
+            raise ValueError(
+                f"{_places(table, words)}: label {word!r} among {len(raw) - len(words):,} numbers. Correct it, remove "
+                "the row, or give `--task classification` if it is a class."
+            )
 
     def _is_hidden(self, label: Any) -> bool:
         return is_missing(label) or (self.has_mark and as_word(label) == str(UNLABELLED))

@@ -95,8 +95,8 @@ def find_directory(name: str, data_dir: str | Path) -> Path:
 def read_path(path: Path, raw_quotes: bool = False) -> dict[str, Table]:
     """Reads a file, which is all training rows, or a directory.
 
-    A directory holds a file for each split, told by its name (`train.csv`, `reviews-dev.jsonl`, shards as the Hub has
-    them), or a single file, or what `save_to_disk` of `datasets` wrote; the files may lie in its folder `data`.
+    A directory holds a file for each split, told by its name (`train.csv`, `reviews-dev.jsonl`, shards as the Hub
+    has them), or a single file, or what `save_to_disk` of `datasets` wrote; the files may lie in its folder `data`.
 
     Args:
         path: The file or directory.

@@ -50,7 +50,7 @@ class Task:
         label_names: One name per class; empty for regression.
         metric_names: What `compute_metrics` returns; the first one is the headline.
         reported: Where the reported rows come from, for tables and cards.
-        kind_name: Its kind, a name in `KINDS`; empty: a classification if there are `label_names`, else a regression.
+        kind_name: Its kind, a name in `KINDS`; empty: a classification if it has `label_names`, else a regression.
         notes: What is worth saying about how its rows were read.
     """
 
