@@ -163,7 +163,7 @@ def prune_posthoc(
         )
         pruned = recover(pruned, teacher, setup, recipe)
     tokenizer.save_pretrained(output)
-    pruned.save_pretrained(output, with_code=True)
+    pruned.save_pretrained(output)
 
     say("3/3 measuring")
     models = {"unpruned": model, "pruned": pruned}

@@ -54,7 +54,7 @@ def sentence_encoder(model, folder):
     """A SentenceTransformer of this encoder that takes the mean of its hidden states, from a saved directory."""
     from sentence_transformers import SentenceTransformer, models
 
-    model.save_pretrained(folder / "encoder", **({"with_code": True} if isinstance(model, ShrpBertModel) else {}))
+    model.save_pretrained(folder / "encoder")
     tokenizer_for("bert").save_pretrained(folder / "encoder")
     words = models.Transformer(str(folder / "encoder"))
     return SentenceTransformer(modules=[words, models.Pooling(32)], device="cpu")
@@ -89,7 +89,6 @@ def test_embeddings_of_a_pruned_encoder_are_those_of_the_whole_one(kind, tmp_pat
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=1e-5)
 
     encoder.save(str(tmp_path / "pruned"))
-    pruned.save_pretrained(tmp_path / "pruned", with_code=True)
     reloaded = SentenceTransformer(str(tmp_path / "pruned"), device="cpu")
     assert type(reloaded[0].auto_model) is ShrpBertModel
     np.testing.assert_allclose(reloaded.encode(TEXTS), expected, rtol=0, atol=1e-5)

@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     routed = tiny_routed(2)
     static = prune_heads(routed, KeepPlan(KEPT, 4))
     path = tmp_path_factory.mktemp("model")
-    static.save_pretrained(path, with_code=True)
+    static.save_pretrained(path)
     seconds = {"dense": ((0.4, 0.4), (0.4, 0.4)), "static": ((0.1, 0.1, 0.1), (0.1, 0.1, 0.3))}
     rows = [
         ModelReport(name, count_parameters(model), count_flops(model, 1, 8), Timing(name, 1, 8, "cpu", 2, seconds[name]))
