@@ -17,7 +17,7 @@ ROWS = (
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
     ("selectors",),
-    ("tasks", "distillation", "sampling"),
+    ("tasks", "distillation", "sampling", "routing_log"),
     ("trainer", "dsp", "onnx_export"),
     ("recipes",),
     ("benchmark",),

@@ -120,14 +120,8 @@ def _publish(staged: Path, target: Path) -> None:
     names = {path.name for path in staged.iterdir()}
     weights = _weights(staged)
     if _CONFIG in names:
-        code = _code(target)
-        held, rest = _weights(target) | code, names - weights
-        for name in sorted(rest - code):
-            if name.endswith(".py") and (target / name).exists() and not _is_same(staged / name, target / name):
-                raise FileExistsError(
-                    f"its code has a file `{name}`, and the one there is not ours: choose another directory, or give "
-                    "`with_code=False`"
-                )
+        _check_overwritten(staged, target)
+        held, rest = _weights(target) | _code(target), names - weights
         unchanged = all(_is_same(staged / name, target / name) for name in rest)
         is_one_move = len(weights) == 1 and held <= names and unchanged
         if not is_one_move:
@@ -136,6 +130,28 @@ def _publish(staged: Path, target: Path) -> None:
             (target / name).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: (name == _CONFIG, name)):
         (staged / name).replace(target / name)
+
+
+def copy_code(source: Path, target: Path) -> None:
+    """Copies the code of the model saved in `source` to `target`.
+
+    Raises:
+        FileExistsError: See `SavingMixin.save_pretrained`.
+    """
+    _check_overwritten(source, target)
+    for path in source.glob("*.py"):
+        shutil.copyfile(path, target / path.name)
+
+
+def _check_overwritten(source: Path, target: Path) -> None:
+    ours = _code(target)
+    for path in sorted(source.glob("*.py")):
+        there = target / path.name
+        if path.name not in ours and there.exists() and not _is_same(path, there):
+            raise FileExistsError(
+                f"its code has a file `{path.name}`, and the one there is not ours: choose another directory, or give "
+                "`with_code=False`"
+            )
 
 
 def _is_same(one: Path, other: Path) -> bool:
