@@ -20,6 +20,7 @@ HEADS = KeepPlan(((0, 3), (), (1,)), 4)
 MODELS = {
     "dense": lambda: to_shrp(tiny_bert()),
     "head-pruned": lambda: prune_heads(tiny_bert(), HEADS),
+    "routed": lambda: tiny_routed(2),
     "static": lambda: prune_heads(tiny_routed(2), KeepPlan((ALL, (2,), (0, 3)), 4)),
 }
 ENCODES = """

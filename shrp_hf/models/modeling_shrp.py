@@ -168,8 +168,15 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
 
         Raises:
             ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
-                expert layer without experts, or the conversion has not finished. The model is as it was.
+                expert layer without experts, the conversion has not finished, or an adapter is around a projection. The
+                model is as it was.
         """
+        for i, layer in enumerate(self.layers):
+            for name, module in layer.named_modules():
+                if hasattr(module, "base_layer"):  # PEFT's
+                    raise ValueError(
+                        f"`layer.{i}.{name}` is wrapped in an adapter, which cutting would lose: `merge_and_unload()` first."
+                    )
         if self.config.pending_layers:
             raise ValueError(
                 f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
