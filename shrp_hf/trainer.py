@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from shrp_hf.card_parts import auto_class_of, license_of, loading_section
 from shrp_hf.distillation import (
     hidden_states_loss,
     logits_loss,
@@ -21,7 +22,7 @@ from shrp_hf.distillation import (
     student_logits,
     value_relations_loss,
 )
-from shrp_hf.files import writing_to
+from shrp_hf.files import writing_to, written_whole
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.models.saving import copy_code
@@ -207,6 +208,20 @@ class ShrpTrainer(FiniteTrainer):
         if self.is_world_process_zero() and (Path(checkpoint_folder) / "config.json").exists():
             copy_code(Path(checkpoint_folder), Path(self.args.output_dir))  # Trainer takes config and weights alone
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; the card of a Shrp model also says how it opens, and takes over the license of its base model."""
+        model = self.accelerator.unwrap_model(self.model)
+        is_shrp = isinstance(model, ShrpModelMixin)
+        if is_shrp and len(args) < 2 and kwargs.get("license") is None:
+            kwargs["license"] = license_of(model.config.name_or_path or "")
+        super().create_model_card(*args, **kwargs)
+        if is_shrp and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            section = loading_section(auto_class_of(model), has_code=True, name=self.hub_model_id or "PATH_OR_REPO")
+            head, mark, rest = path.read_text(encoding="utf-8").partition("\n## Model description")
+            with written_whole(path) as partial:
+                partial.write_text(f"{head}\n{section}\n{mark}{rest}", encoding="utf-8")
 
     def _shrp_model(self) -> PreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model)

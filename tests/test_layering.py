@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
     ("files",),
-    ("_version", "plan", "budget", "numerics"),
+    ("_version", "plan", "budget", "numerics", "card_parts"),
     ("models", "environment"),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
