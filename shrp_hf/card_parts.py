@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import httpx
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
 PIPELINES = {
@@ -65,6 +65,6 @@ def license_of(model_name: str) -> str | None:
         return None
     try:
         found = ModelCard.load(path if path.is_file() else model_name).data.get("license")
-    except (OSError, ValueError, httpx.HTTPError, yaml.YAMLError):  # no network, no such repository, no card, a damaged one
+    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):  # no network, no such repository, no card, a damaged one
         return None
     return found if isinstance(found, str) else None

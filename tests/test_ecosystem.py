@@ -46,6 +46,7 @@ def test_lora_with_default_targets_is_merged_saved_and_loaded_equal(kind, tmp_pa
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**batch()).logits, expected, rtol=0, atol=1e-5)
         merged.save_pretrained(tmp_path)
+        assert "AutoModel" in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         assert type(loaded) is type(model)
         torch.testing.assert_close(loaded(**batch()).logits, expected, rtol=0, atol=1e-5)
