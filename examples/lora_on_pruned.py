@@ -51,7 +51,7 @@ def main() -> None:
     trainer.train()
     after = trainer.evaluate(data["test"], metric_key_prefix="recovered")
     merged = trainer.model.merge_and_unload()
-    merged.save_pretrained(args.output_dir, with_code=True)
+    merged.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     print({**before, **after})
 

@@ -137,7 +137,7 @@ def main() -> None:
 
     static = train(args, source, rest, held_out)
     teacher.save(args.output)
-    static.save_pretrained(args.output, with_code=True)  # in the place of the teacher's encoder
+    static.save_pretrained(args.output)  # in the place of the teacher's encoder
     student = SentenceTransformer(args.output, device="cpu")
 
     models = {"teacher": ShrpBertModel.from_pretrained(source, add_pooling_layer=False), "static": static}

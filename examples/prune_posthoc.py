@@ -38,7 +38,7 @@ def main() -> None:
         with masked_heads(model, plan):
             masked = model(**inputs).logits
     print(f"{plan.num_kept} heads stay; cut and masked differ by at most {(cut - masked).abs().max():.1e}")
-    pruned.save_pretrained(args.output, with_code=True)
+    pruned.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
 

@@ -9,22 +9,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 
+from shrp_hf.card_parts import PIPELINES, loading_section
 from shrp_hf.record import RECORD_NAME, Measured, RunRecord, Score, kept_heads
 from shrp_hf.report import write_text
 from shrp_hf.tasks.task import shown
 
 CARD_NAME = "README.md"
-
-PIPELINES = {
-    "AutoModel": "feature-extraction",
-    "AutoModelForImageClassification": "image-classification",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-}
-"""Auto class -> the Hub's name of what it does; multiple choice is "multiple-choice"."""
-WITHOUT_PIPELINE = {"AutoModelForMultipleChoice", "AutoModelForQuestionAnswering"}  # Transformers removed the latter's
 
 _HEADS_SCORED = "Whole attention heads were cut out, in one shot, by a score of each head: "
 METHODS = {
@@ -113,7 +103,7 @@ def make_card(folder: Path, record: RunRecord) -> ModelCard:
     sections = [
         f"# {_title(record)}",
         METHODS.get(record.method, f"Made by the method {record.method}."),
-        _loading(record, embeds, has_code),
+        loading_section(record.auto_class, has_code=has_code, embeds=embeds),
         _quality(record),
         _cost(record),
         _kept(record),
@@ -151,6 +141,8 @@ def _metadata(record: RunRecord, embeds: bool) -> ModelCardData:
         optional["base_model"] = record.base_model
     except HFValidationError:
         pass  # a directory: nothing that a reader of the card could follow
+    if record.license:
+        optional["license"] = record.license
     if results:
         optional |= {"eval_results": results, "model_name": _title(record)}
         optional["metrics"] = [result.metric_type for result in results]
@@ -160,26 +152,6 @@ def _metadata(record: RunRecord, embeds: bool) -> ModelCardData:
         tags=["shrp_hf", "pruned", record.method],
         **optional,
     )
-
-
-def _loading(record: RunRecord, embeds: bool, has_code: bool) -> str:
-    def snippet(ours: bool) -> str:
-        imports, trust = ("import shrp_hf  # registers its classes\n", "") if ours else ("", ", trust_remote_code=True")
-        if embeds:
-            imports += "from sentence_transformers import SentenceTransformer\n"
-            call = f'SentenceTransformer("PATH_OR_REPO"{trust})'
-        elif record.auto_class not in WITHOUT_PIPELINE:
-            imports += "from transformers import pipeline\n"
-            call = f'pipeline("{PIPELINES[record.auto_class]}", model="PATH_OR_REPO"{trust})'
-        else:
-            imports += f"from transformers import {record.auto_class}\n"
-            call = f'{record.auto_class}.from_pretrained("PATH_OR_REPO"{trust})'
-        return f"```python\n{imports}\nmodel = {call}\n```"
-
-    text = f"## Load it\n\nWith `shrp_hf` installed:\n\n{snippet(True)}"
-    if has_code:
-        text += f"\n\nWithout it, by the code that lies beside the weights:\n\n{snippet(False)}"
-    return text
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

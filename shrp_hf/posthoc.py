@@ -20,7 +20,7 @@ from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
 from shrp_hf.recipes import Setup, find_recipe, recover
-from shrp_hf.record import Rows, RunRecord, source_name
+from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
@@ -163,7 +163,7 @@ def prune_posthoc(
         )
         pruned = recover(pruned, teacher, setup, recipe)
     tokenizer.save_pretrained(output)
-    pruned.save_pretrained(output, with_code=True)
+    pruned.save_pretrained(output)
 
     say("3/3 measuring")
     models = {"unpruned": model, "pruned": pruned}
@@ -178,7 +178,7 @@ def prune_posthoc(
         scores,
         task,
         method=options.selector,
-        base_model=source_name(model_name),
+        **origin(model_name),
         options={name: value for name, value in chosen.items() if value is not None},
         seeds=(options.seed,),
         training=Rows(len(data["train"]), source) if options.recovery_epochs else None,

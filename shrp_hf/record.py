@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shrp_hf.benchmark import ModelReport, ParameterCount, accuracy_interval
+from shrp_hf.card_parts import auto_class_of, license_of
 from shrp_hf.environment import command_line, environment
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import CALIBRATION_SAMPLES, Recipe
@@ -180,6 +181,7 @@ class RunRecord(_Checked):
         seeds: Seeds of the runs that the scores come from.
         task: Name of the task; None for embeddings and the like.
         reported: Where the reported rows come from.
+        license: License of the base model, where its card names one.
         training: The rows that it was trained on; None when nothing was trained.
         calibration: The rows on which heads were chosen.
         shape: Sequences and tokens of the forward pass whose FLOPs and time were taken.
@@ -201,6 +203,7 @@ class RunRecord(_Checked):
     seeds: tuple[int, ...]
     task: str | None = None
     reported: str | None = None
+    license: str | None = None
     training: Rows | None = None
     calibration: Rows | None = None
     shape: tuple[int, int] = BENCHMARK_SHAPE
@@ -245,9 +248,8 @@ class RunRecord(_Checked):
         timing = rows[0].timing
         if timing is not None:
             fields.setdefault("shape", (timing.batch_size, timing.length))
-        names = (name for name, path in model.auto_classes.items() if path.endswith(f".{type(model).__name__}"))
         return cls(
-            auto_class=next(names, "AutoModel"),
+            auto_class=auto_class_of(model),
             kept=kept_heads(model.config),
             expert_layers=tuple(model.config.expert_layers),
             measured=tuple(measured),
@@ -303,6 +305,11 @@ def kept_heads(config: PreTrainedConfig) -> KeepPlan:
     if not hasattr(config, "heads_of"):
         return KeepPlan.full(len(layers), heads)
     return KeepPlan(tuple(tuple(config.heads_of(layer)) for layer in layers), heads)
+
+
+def origin(model_name: str) -> dict[str, Any]:
+    """Returns `base_model` and `license` of a record of what was made from this model."""
+    return {"base_model": source_name(model_name), "license": license_of(model_name)}
 
 
 def source_name(model_name: str) -> str:

@@ -47,7 +47,7 @@ def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[
     if not (folder / "config.json").exists():  # written last, so its presence means that the model is whole
         model = make().eval()
         tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder, with_code=True)
+        model.save_pretrained(folder)
     remove_staged(folder, ".saving-*")  # by a save that was killed when all was in its place
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 

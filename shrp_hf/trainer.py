@@ -1,10 +1,11 @@
 """ShrpTrainer: progressive conversion, routing losses, usage, distillation."""
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +14,21 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from shrp_hf.card_parts import auto_class_of, license_of, loading_section
 from shrp_hf.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
-from shrp_hf.files import writing_to
+from shrp_hf.files import writing_to, written_whole
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
+from shrp_hf.models.saving import copy_code
 from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
+from shrp_hf.routing_log import RoutingLog
 from shrp_hf.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.surgery import to_shrp
-from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, stage_rate
+from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, rate_factor
 from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
-
-COLLAPSE_SHARE = 0.9
 
 
 class ShrpTrainer(FiniteTrainer):
@@ -72,6 +74,8 @@ class ShrpTrainer(FiniteTrainer):
         self._usage_dataset: Dataset | None = None
         if teacher is not None:
             teacher = own_teacher(teacher, model)
+        self._trial_in_force: Any = None
+        _check_processes(args)
         if model is not None:
             model = self._with_expert_layers(model, args)
         if model_init is not None:
@@ -98,15 +102,13 @@ class ShrpTrainer(FiniteTrainer):
         if teacher is not None:  # of a model that `model_init` made, nothing is known before
             teacher = own_teacher(teacher, self.model).to(self.args.device).eval().requires_grad_(False)
         self.teacher = teacher
-        self._window: list[torch.Tensor] = []
-        self._entropy_window: dict[int, list[torch.Tensor]] = {}
-        self._last_usage: dict[int, list[int]] = {}
-        self._reported: set[tuple[str, int]] = set()
+        self._routing = RoutingLog({})
         self.add_callback(_StageCallback(self))
 
     # --- conversion ---
 
     def _with_expert_layers(self, model: Any, args: TrainingArguments) -> Any:
+        self._layers_to_convert = []
         if not isinstance(args, ShrpTrainingArguments) or not args.num_requested_layers:
             return model
         model = to_shrp(model)
@@ -119,10 +121,27 @@ class ShrpTrainer(FiniteTrainer):
             config.router_pooling = args.router_pooling
             set_seed(args.seed)  # the routers are drawn here, before Trainer seeds
             model.convert_layers_(new, pending=True)
-        if len(self._layers_to_convert) < len(layers):
-            epochs, steps = args.length_for(len(self._layers_to_convert))
-            args.num_train_epochs, args.max_steps = (epochs, -1) if steps is None else (args.num_train_epochs, steps)
+        args.settle_stages_(len(self._layers_to_convert))
         return model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in Trainer; in a hyperparameter search the trial's values are set first, for they may name the layers."""
+        if trial is not None:
+            self._hp_search_setup(trial)
+        return super().call_model_init(trial)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is not None and trial is self._trial_in_force:
+            return  # Trainer sets it up after the model
+        is_ours = isinstance(self.args, ShrpTrainingArguments) and trial is not None
+        if is_ours:
+            self.args.forget_length_()
+        super()._hp_search_setup(trial)
+        self._trial_in_force = trial
+        if is_ours:
+            self.args.settle_stages_()
+            if self.args.num_requested_layers and self._usage_dataset is None and self.train_dataset is not None:
+                self.train_dataset, self._usage_dataset = hold_out(self.train_dataset, self.args)
 
     def _check_parallelism(self) -> None:
         if self.is_fsdp_enabled:
@@ -160,28 +179,15 @@ class ShrpTrainer(FiniteTrainer):
         """A constant (or `balance_lr_scheduler_type`) rate in stage "balance", then the usual decay in "specialise"."""
         if self.lr_scheduler is not None or not self._layers_to_convert:
             return super().create_scheduler(num_training_steps, optimizer)
-        args = self.args
-        schedule = args.schedule(self._layers_to_convert, num_training_steps)
-        warmup = args.get_warmup_steps(num_training_steps)
-        balance_type = args.balance_lr_scheduler_type
-        if balance_type == "constant" and warmup:
-            balance_type = "constant_with_warmup"
-        balance = stage_rate(balance_type, warmup, schedule.balance_steps, None)
-        steps = num_training_steps - schedule.balance_steps
-        specialise = stage_rate(args.lr_scheduler_type, 0, steps, args.lr_scheduler_kwargs)
-        ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
-
-        def factor(step: int) -> float:
-            if schedule.stage(step) == "balance":
-                return ratio * balance(step)
-            return specialise(step - schedule.balance_steps)
-
+        factor = rate_factor(self.args, self.args.schedule(self._layers_to_convert, num_training_steps))
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; once every layer is converted, the dense halves are dropped."""
+        if self._layers_to_convert and self.model_init is None:
+            self.args.settle_stages_(len(self._layers_to_convert))  # somebody may have set an argument since
         output = super().train(*args, **kwargs)
         model = self._shrp_model()
         if model is not None and model.config.pending_layers:
@@ -195,6 +201,25 @@ class ShrpTrainer(FiniteTrainer):
     def _save_checkpoint(self, *args: Any) -> None:
         with writing_to(self.args.output_dir):
             super()._save_checkpoint(*args)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and (Path(checkpoint_folder) / "config.json").exists():
+            copy_code(Path(checkpoint_folder), Path(self.args.output_dir))  # Trainer takes config and weights alone
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; the card of a Shrp model also says how it opens, and takes over the license of its base model."""
+        model = self.accelerator.unwrap_model(self.model)
+        is_shrp = isinstance(model, ShrpModelMixin)
+        if is_shrp and len(args) < 2 and kwargs.get("license") is None:
+            kwargs["license"] = license_of(model.config.name_or_path or "")
+        super().create_model_card(*args, **kwargs)
+        if is_shrp and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            section = loading_section(auto_class_of(model), has_code=True, name=self.hub_model_id or "PATH_OR_REPO")
+            head, mark, rest = path.read_text(encoding="utf-8").partition("\n## Model description")
+            with written_whole(path) as partial:
+                partial.write_text(f"{head}\n{section}\n{mark}{rest}", encoding="utf-8")
 
     def _shrp_model(self) -> PreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model)
@@ -251,7 +276,9 @@ class ShrpTrainer(FiniteTrainer):
             extra = extra + self._teacher_loss(given, outputs, wants_hidden, values)
         if self.compute_loss_func is not None:
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
-        self._record(loss if task is None else task, balance, outputs.get("router_logits"))
+        if balance is not None:
+            layers = self._shrp_model().config.expert_layers
+            self._routing.add(loss if task is None else task, balance, layers, outputs.get("router_logits"))
         loss = loss + extra
         return (loss, outputs) if return_outputs else loss
 
@@ -281,59 +308,12 @@ class ShrpTrainer(FiniteTrainer):
 
     # --- logging ---
 
-    def _record(self, task: torch.Tensor, balance: torch.Tensor | None, router_logits: Sequence[torch.Tensor] | None) -> None:
-        if balance is None:
-            return
-        self._window.append(torch.stack([task.detach().float(), balance.detach().float()]))
-        for layer, logits in zip(self._shrp_model().config.expert_layers, router_logits, strict=True):
-            log_p = logits.detach().float().log_softmax(dim=-1)
-            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(max(2, logits.shape[-1]))  # a single expert: 0
-            self._entropy_window.setdefault(layer, []).append(entropy)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; training logs also carry stage, task and balance loss and, per routed layer, usage and entropy."""
-        if "loss" in logs and self._window:
-            logs = {**logs, **self._routing_logs()}
+        if "loss" in logs and self._routing:
+            stage = "specialise" if self._schedule is None else self._schedule.stage(self.state.global_step - 1)
+            logs = {**logs, **self._routing.entry(stage, self._shrp_model().usage(), self.args.world_size)}
         super().log(logs, start_time)
-
-    def _routing_logs(self) -> dict[str, float]:
-        losses = torch.stack(self._window).mean(dim=0)
-        entropies = torch.stack([torch.stack(values).mean() for values in self._entropy_window.values()])
-        local = torch.cat([losses, entropies])
-        mean = (sum_over_processes(local) / self.args.world_size).tolist()
-        stage = "specialise"
-        if self._schedule is not None:
-            stage = self._schedule.stage(self.state.global_step - 1)
-        logs = {"stage": {"balance": 1, "specialise": 2}[stage], "task_loss": mean[0], "balance_loss": mean[1]}
-        usage = self._shrp_model().usage()
-        for layer, entropy in zip(self._entropy_window, mean[2:], strict=True):
-            before = self._last_usage.get(layer, [0] * len(usage[layer]))
-            counts = [max(0, now - then) for now, then in zip(usage[layer], before, strict=True)]
-            share = max(counts) / max(1, sum(counts))
-            logs[f"usage_max/layer_{layer}"] = round(share, 4)
-            logs[f"routing_entropy/layer_{layer}"] = round(entropy, 4)
-            self._report_collapse(stage, layer, counts, share)
-        self._window, self._entropy_window, self._last_usage = [], {}, usage
-        return logs
-
-    def _report_collapse(self, stage: str, layer: int, counts: list[int], share: float) -> None:
-        too_few = len(counts) < 2 or sum(counts) < 2 * len(counts)  # experts to choose from, sequences to judge by
-        if share < COLLAPSE_SHARE or too_few or (stage, layer) in self._reported:
-            return
-        self._reported.add((stage, layer))
-        expert = counts.index(max(counts))
-        if stage == "balance":
-            logger.warning(
-                "Routing of layer %d collapsed: expert %d takes %.0f%% of the sequences in stage balance. Raise "
-                "`balance_coef`, lower the learning rate, or give `balance_epochs_per_layer` more.",
-                layer, expert, 100 * share,
-            )  # fmt: skip
-        else:
-            logger.warning(
-                "Expert %d of layer %d takes %.0f%% of the sequences in stage specialise: keeping one expert loses little "
-                "there. If several are to stay, raise `balance_coef` or shorten stage specialise.",
-                expert, layer, 100 * share,
-            )  # fmt: skip
 
     # --- usage ---
 
@@ -410,10 +390,19 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, model = self.trainer, self.trainer._shrp_model()
         if model is not None:
-            trainer._last_usage = model.usage()  # what was counted before, or before the checkpoint, is logged already
+            trainer._routing = RoutingLog(
+                model.usage()
+            )  # what was counted before, or before the checkpoint, is logged already
+        trainer._schedule = None
         if not trainer._layers_to_convert:
             return
         trainer._schedule = args.schedule(trainer._layers_to_convert, state.max_steps)
+        if args.are_stages_scaled(len(trainer._layers_to_convert)) and state.is_world_process_zero:
+            logger.warning(
+                "The stages are scaled to the length that was given: stage balance takes %d of %d steps, stage specialise "
+                "the rest.",
+                trainer._schedule.balance_steps, state.max_steps,
+            )  # fmt: skip
         for step, layer in trainer._schedule.conversions:
             if step < state.global_step:  # resumed: the checkpoint's weights are already converted here
                 model.activate_layer_(layer, warm_start=False)
@@ -430,12 +419,22 @@ class _StageCallback(TrainerCallback):
                 logger.info("Step %d: layer %d is an expert layer from here on.", step, layer)
         if state.global_step == schedule.balance_steps:
             model.reset_usage_()  # what specialising experts are used for decides, not what balance forced
-            self.trainer._last_usage = {}
+            self.trainer._routing.usage = {}
         self._weigh_balance_(args, state.global_step)
 
     def _weigh_balance_(self, args: Any, step: int) -> None:
         is_balance = self.trainer._schedule.stage(step) == "balance"
         self.trainer._shrp_model().config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
+
+
+def _check_processes(args: TrainingArguments) -> None:
+    started = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and started.isdigit() and int(started) > 1:
+        raise ValueError(
+            f"`WORLD_SIZE={started}` in the environment, but `args.world_size` is 1: each of these processes would train "
+            "alone and write over the others' files. Without a GPU give `use_cpu=True` (`--use_cpu`); to train in one "
+            "process, unset WORLD_SIZE or start it without a launcher."
+        )
 
 
 def _is_routed(model: Any) -> bool:

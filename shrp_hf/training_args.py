@@ -36,7 +36,8 @@ class ShrpTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the two stages of SHRP; without layers to convert it trains as stock arguments do.
 
     Stage "balance" converts one layer at a time under a balance loss; stage "specialise" drops that loss and lets Top-1
-    routing specialise. The number of epochs follows from the stages (its default here is None), the learning rate is
+    routing specialise. The number of epochs follows from the stages (its default here is None); where `num_train_epochs` or
+    `max_steps` is given, as in any script, the stages are scaled to it and keep their proportions. The learning rate is
     constant in "balance" and decays in "specialise".
 
     Args:
@@ -45,7 +46,7 @@ class ShrpTrainingArguments(TrainingArguments):
         conversion_order: "last_first" or "first_first" (the paper's order is not known; the default is a reconstruction).
         balance_epochs_per_layer: Epochs that stage "balance" gives to each converted layer.
         specialise_epochs: Epochs of stage "specialise".
-        balance_steps_per_layer: The same in optimizer steps; then `specialise_steps` is needed too.
+        balance_steps_per_layer: The same in optimizer steps; then `specialise_steps` is needed too, and nothing is scaled.
         specialise_steps: Optimizer steps of stage "specialise".
         balance_coef: Weight of the bidirectional KL in stage "balance".
         balance_learning_rate: Learning rate of stage "balance"; None: `learning_rate`.
@@ -86,15 +87,38 @@ class ShrpTrainingArguments(TrainingArguments):
     distillation_temperature: float = field(default=2.0, metadata={"help": "Temperature of logit distillation."})
 
     def __post_init__(self) -> None:
-        """Checks the stages and derives the number of epochs."""
-        self._check_ranges()
-        requested = self.num_requested_layers
-        if requested:
-            self._derive_length(requested)
-            self._prepare_for_pending_layers()
-        elif self.num_train_epochs is None:
-            self.num_train_epochs = _STOCK_EPOCHS
+        """Checks the stages and, unless it is given, derives the length from them."""
+        self._derived: tuple[float | None, int] = (None, -1)
+        self.settle_stages_()
         super().__post_init__()
+
+    def settle_stages_(self, num_layers: int | None = None) -> None:
+        """Checks the stages and derives the length of the training from them, again where an argument was set since.
+
+        Args:
+            num_layers: How many layers are left to convert; None: all that the arguments name.
+
+        Raises:
+            ValueError: See the class.
+        """
+        self.forget_length_()
+        self._check_ranges()
+        epochs, steps = self.num_train_epochs, self.max_steps
+        if self.num_requested_layers:
+            self._derive_length(self.num_requested_layers if num_layers is None else num_layers)
+            self._prepare_for_pending_layers()
+        if self.num_train_epochs is None:
+            self.num_train_epochs = _STOCK_EPOCHS
+        self._derived = (self.num_train_epochs if epochs is None else None, self.max_steps if steps <= 0 else -1)
+
+    def forget_length_(self) -> None:
+        """Takes back the length that was derived from the stages, so that one that is set next counts as given."""
+        epochs, steps = self._derived
+        self._derived = (None, -1)
+        if self.num_train_epochs == epochs:
+            self.num_train_epochs = None
+        if self.max_steps == steps:
+            self.max_steps = -1
 
     @property
     def num_requested_layers(self) -> int:
@@ -116,20 +140,24 @@ class ShrpTrainingArguments(TrainingArguments):
         return sorted(layers, reverse=self.conversion_order == "last_first")
 
     def schedule(self, layers: list[int], max_steps: int) -> StageSchedule:
-        """Lays the conversion of `layers`, in this order, over `max_steps` optimizer steps."""
+        """Lays the conversion of `layers`, in this order, over `max_steps` optimizer steps: stages in epochs are scaled."""
         per_layer: float = self.balance_epochs_per_layer
-        total = len(layers) * per_layer + self.specialise_epochs
+        total = self._stage_epochs(len(layers))
         if self.balance_steps_per_layer is not None:
             per_layer, total = self.balance_steps_per_layer, max_steps
         scale = max_steps / total
-        conversions = tuple((round(i * per_layer * scale), layer) for i, layer in enumerate(layers))
+        # Each before the last step at the latest: rounding must not leave a layer out.
+        conversions = tuple((min(round(i * per_layer * scale), max_steps - 1), layer) for i, layer in enumerate(layers))
         return StageSchedule(conversions, round(len(layers) * per_layer * scale), max_steps)
 
-    def length_for(self, num_layers: int) -> tuple[float | None, int | None]:
-        """(epochs, None) or (None, steps) for the conversion of `num_layers` layers."""
+    def are_stages_scaled(self, num_layers: int) -> bool:
+        """Whether the stages of this many layers would take another time than the one that was given."""
         if self.balance_steps_per_layer is not None:
-            return None, num_layers * self.balance_steps_per_layer + self.specialise_steps
-        return num_layers * self.balance_epochs_per_layer + self.specialise_epochs, None
+            return False
+        return self.max_steps > 0 or abs(self.num_train_epochs - self._stage_epochs(num_layers)) > 1e-9
+
+    def _stage_epochs(self, num_layers: int) -> float:
+        return num_layers * self.balance_epochs_per_layer + self.specialise_epochs
 
     def _check_ranges(self) -> None:
         if self.num_expert_layers is not None and self.expert_layers is not None:
@@ -151,6 +179,13 @@ class ShrpTrainingArguments(TrainingArguments):
                 "`balance_steps_per_layer` and `specialise_steps` go together: got "
                 f"{self.balance_steps_per_layer} and {self.specialise_steps}."
             )
+        if self.balance_steps_per_layer is not None:
+            for name in ("balance_epochs_per_layer", "specialise_epochs"):
+                if getattr(self, name) != getattr(ShrpTrainingArguments, name):
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)}` disagrees with `balance_steps_per_layer="
+                        f"{self.balance_steps_per_layer}`: give the stages in epochs or in steps, not in both."
+                    )
 
     def _check_numbers(self) -> None:
         for name in ("balance_epochs_per_layer", "balance_steps_per_layer", "expander_learning_rate"):
@@ -174,28 +209,17 @@ class ShrpTrainingArguments(TrainingArguments):
             raise ValueError(f"`usage_holdout` must be a share between 0 and 1, got {self.usage_holdout}.")
 
     def _derive_length(self, num_layers: int) -> None:
-        epochs, steps = self.length_for(num_layers)
-        if steps is not None:
-            if self.max_steps > 0 and self.max_steps != steps:
-                raise ValueError(
-                    f"`max_steps={self.max_steps}` disagrees with the stages, which take {steps} steps: leave it out."
-                )
-            self.max_steps = steps
-            if self.num_train_epochs is None:
-                self.num_train_epochs = _STOCK_EPOCHS
+        if self.balance_steps_per_layer is None:
+            if self.num_train_epochs is None and self.max_steps <= 0:
+                self.num_train_epochs = self._stage_epochs(num_layers)
             return
-        if self.max_steps > 0:
+        steps = self.num_requested_layers * self.balance_steps_per_layer + self.specialise_steps
+        if self.max_steps > 0 and self.max_steps != steps:
             raise ValueError(
-                f"`max_steps={self.max_steps}` disagrees with stages given in epochs: give `balance_steps_per_layer` "
-                "and `specialise_steps` instead."
+                f"`max_steps={self.max_steps}` disagrees with the stages, which take {steps} steps: leave it out, or give the "
+                "stages in epochs, which are scaled to it."
             )
-        if self.num_train_epochs is not None and abs(self.num_train_epochs - epochs) > 1e-9:
-            raise ValueError(
-                f"`num_train_epochs={self.num_train_epochs}` disagrees with the stages: {num_layers} layers x "
-                f"{self.balance_epochs_per_layer} + {self.specialise_epochs} = {epochs} epochs. Leave it out, or change "
-                "`balance_epochs_per_layer` or `specialise_epochs`."
-            )
-        self.num_train_epochs = epochs
+        self.max_steps = num_layers * self.balance_steps_per_layer + self.specialise_steps
 
     def _prepare_for_pending_layers(self) -> None:
         if self.fsdp:
@@ -218,18 +242,32 @@ class ShrpTrainingArguments(TrainingArguments):
                 )
 
 
-def stage_rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:
-    """Returns the factor of one of Transformers' schedules as a function of the step.
+def rate_factor(args: ShrpTrainingArguments, schedule: StageSchedule) -> Callable[[int], float]:
+    """Returns what the learning rate is multiplied by at each optimizer step.
 
-    Args:
-        name: A schedule's name.
-        warmup: Steps of warm-up.
-        steps: Steps in all.
-        options: The schedule's own.
+    A constant (or `balance_lr_scheduler_type`) in stage "balance", then the usual decay in "specialise".
 
     Raises:
-        ValueError: The schedule looks at more than the step.
+        ValueError: A schedule cannot be laid over a stage.
     """
+    warmup = args.get_warmup_steps(schedule.max_steps)
+    balance_type = args.balance_lr_scheduler_type
+    if balance_type == "constant" and warmup:
+        balance_type = "constant_with_warmup"
+    balance = _rate(balance_type, warmup, schedule.balance_steps, None)
+    specialise = _rate(args.lr_scheduler_type, 0, schedule.max_steps - schedule.balance_steps, args.lr_scheduler_kwargs)
+    ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
+
+    def factor(step: int) -> float:
+        if schedule.stage(step) == "balance":
+            return ratio * balance(step)
+        return specialise(step - schedule.balance_steps)
+
+    return factor
+
+
+def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:
+    """The factor of one of Transformers' schedules as a function of the step."""
     if steps <= 0:
         return lambda step: 0.0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -18,7 +18,7 @@ from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
-from shrp_hf.record import Rows, RunRecord, expert_choice, source_name
+from shrp_hf.record import Rows, RunRecord, expert_choice, origin
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import to_shrp
@@ -128,7 +128,7 @@ class Workflow:
             rows,
             scores,
             self.task,
-            base_model=source_name(self.model_name),
+            **origin(self.model_name),
             options=asdict(self.options),
             seeds=(self.options.seed,),
             training=Rows(len(self.task.train), f"training rows of {self.task.name}"),

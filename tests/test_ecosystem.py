@@ -20,6 +20,7 @@ HEADS = KeepPlan(((0, 3), (), (1,)), 4)
 MODELS = {
     "dense": lambda: to_shrp(tiny_bert()),
     "head-pruned": lambda: prune_heads(tiny_bert(), HEADS),
+    "routed": lambda: tiny_routed(2),
     "static": lambda: prune_heads(tiny_routed(2), KeepPlan((ALL, (2,), (0, 3)), 4)),
 }
 ENCODES = """
@@ -45,6 +46,7 @@ def test_lora_with_default_targets_is_merged_saved_and_loaded_equal(kind, tmp_pa
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**batch()).logits, expected, rtol=0, atol=1e-5)
         merged.save_pretrained(tmp_path)
+        assert "AutoModel" in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         assert type(loaded) is type(model)
         torch.testing.assert_close(loaded(**batch()).logits, expected, rtol=0, atol=1e-5)
@@ -54,7 +56,7 @@ def sentence_encoder(model, folder):
     """A SentenceTransformer of this encoder that takes the mean of its hidden states, from a saved directory."""
     from sentence_transformers import SentenceTransformer, models
 
-    model.save_pretrained(folder / "encoder", **({"with_code": True} if isinstance(model, ShrpBertModel) else {}))
+    model.save_pretrained(folder / "encoder")
     tokenizer_for("bert").save_pretrained(folder / "encoder")
     words = models.Transformer(str(folder / "encoder"))
     return SentenceTransformer(modules=[words, models.Pooling(32)], device="cpu")
@@ -89,7 +91,6 @@ def test_embeddings_of_a_pruned_encoder_are_those_of_the_whole_one(kind, tmp_pat
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=1e-5)
 
     encoder.save(str(tmp_path / "pruned"))
-    pruned.save_pretrained(tmp_path / "pruned", with_code=True)
     reloaded = SentenceTransformer(str(tmp_path / "pruned"), device="cpu")
     assert type(reloaded[0].auto_model) is ShrpBertModel
     np.testing.assert_allclose(reloaded.encode(TEXTS), expected, rtol=0, atol=1e-5)

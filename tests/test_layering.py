@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
     ("files", "lengths", "outputs"),
-    ("_version", "plan", "budget", "numerics"),
+    ("_version", "plan", "budget", "numerics", "card_parts"),
     ("models", "environment"),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
     ("selectors",),
-    ("tasks", "distillation", "sampling"),
+    ("tasks", "distillation", "sampling", "routing_log"),
     ("trainer", "dsp", "onnx_export"),
     ("recipes",),
     ("benchmark",),

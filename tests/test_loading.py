@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertTokenizer,
+    ViTConfig,
+    ViTModel,
 )
 
 from shrp_hf import (
@@ -25,12 +29,14 @@ from shrp_hf import (
     ShrpBertForMaskedLM,
     ShrpBertForSequenceClassification,
     ShrpBertForTokenClassification,
+    prune_heads,
 )
 from tests.tiny import batch, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4, "patch_size": 2}
 
 
 def dense(**fields):
@@ -83,7 +89,7 @@ def contents(folder):
 @pytest.mark.parametrize("build", [dense, cut, routed, pending, static])
 def test_loaded_is_saved(build, dtype, tmp_path):
     model = build(dtype=dtype)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, with_code=False)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS}
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert type(loaded) is ShrpBertForSequenceClassification
@@ -222,7 +228,7 @@ def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     model = static()
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS, "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".py"} == {"config.json", WEIGHTS, "notes.txt"}
     loaded = ShrpBertForSequenceClassification.from_pretrained(tmp_path)
     assert same_state(loaded, model)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -241,13 +247,13 @@ def test_save_that_fails_leaves_the_files_as_they_were(failing, tmp_path, monkey
     owner = Path if failing == "write_text" else ShrpBertForSequenceClassification
     monkeypatch.setattr(owner, failing, full_disk)
     with pytest.raises(OSError, match="No space left"):
-        static().save_pretrained(tmp_path, with_code=True)
+        static().save_pretrained(tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_code_is_written_only_when_asked_for(tmp_path):
+def test_code_is_written_unless_it_is_not_wanted(tmp_path):
     model = static()
-    model.save_pretrained(tmp_path / "coded", with_code=True)
+    model.save_pretrained(tmp_path / "coded")
     config = json.loads((tmp_path / "coded" / "config.json").read_text())
     assert set(config["auto_map"]) == {
         "AutoConfig",
@@ -261,11 +267,100 @@ def test_code_is_written_only_when_asked_for(tmp_path):
     for entry in config["auto_map"].values():
         module, _, name = entry.partition(".")
         assert f"class {name}(" in (tmp_path / "coded" / f"{module}.py").read_text()
-    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "plain", with_code=False)
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert not list((tmp_path / "plain").glob("*.py"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "coded")  # here shrp_hf is installed
     assert type(loaded) is ShrpBertForSequenceClassification
+
+
+def test_code_of_an_earlier_save_goes_and_other_files_stay(tmp_path):
+    (tmp_path / "mine.py").write_text("print()")
+    static().save_pretrained(tmp_path)
+    (tmp_path / "modeling_shrp.py").write_text("from .gone import x\nfrom .older_part import y\n")  # by another release
+    (tmp_path / "older_part.py").write_text("y = 1\n")
+    (tmp_path / "gone.py").write_text("x = 1\n")
+    static().save_pretrained(tmp_path)
+    assert not {"gone.py", "older_part.py"} & {path.name for path in tmp_path.iterdir()}
+    prune_heads(ViTModel(ViTConfig(**VIT)), {0: [1]}).save_pretrained(tmp_path)
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert "modeling_shrp_vit.py" in code
+    assert not [name for name in code if "bert" in name]
+    static().save_pretrained(tmp_path, with_code=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS, "mine.py"}
+
+
+def test_a_file_of_the_user_is_not_overwritten_by_the_code(tmp_path):
+    (tmp_path / "saving.py").write_text("MONEY = 100\n")
+    with pytest.raises(OSError, match="its code has a file `saving.py`, and the one there is not ours: choose another"):
+        static().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"saving.py"}
+    static().save_pretrained(tmp_path, with_code=False)
+    assert (tmp_path / "saving.py").read_text() == "MONEY = 100\n"
+
+
+def test_code_of_another_release_replaces_the_config_last(tmp_path, monkeypatch):
+    model = static()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "head_slicing.py").write_text("OLD = True\n")
+    replace = Path.replace
+
+    def killed(path, target):
+        if path.name == "modeling_shrp.py":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()  # half of the code is of one release, half of the other
+
+
+def test_processes_that_save_to_one_directory_leave_each_other_alone(tmp_path):
+    theirs = [tmp_path / f".saving-{process}-{platform.node()}-a_1" for process in (os.getppid(), 2**22 + 1)]
+    for folder in theirs:
+        folder.mkdir()
+    static().save_pretrained(tmp_path)
+    assert [folder.exists() for folder in theirs] == [True, False]  # one runs, one cannot
+
+
+def test_config_alone_names_no_code(tmp_path):
+    static().save_pretrained(tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    named = dict(config.auto_map)
+    config.save_pretrained(tmp_path / "alone")
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"config.json"}
+    assert "auto_map" not in json.loads((tmp_path / "alone" / "config.json").read_text())
+    assert config.auto_map == named
+
+
+@pytest.mark.parametrize(
+    "given", [{"max_shard_size": "20KB"}, {"safe_serialization": True}, {"variant": "fp16"}, {"state_dict": {}}], ids=str
+)
+def test_arguments_of_transformers_keep_the_code(given, tmp_path):
+    model = static()
+    if "state_dict" in given:
+        given = {"state_dict": {name: value * 2 for name, value in model.state_dict().items()}}
+    model.save_pretrained(tmp_path, **given)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == dict(model.auto_classes)
+    options = {"variant": "fp16"} if "variant" in given else {}
+    loaded = ShrpBertForSequenceClassification.from_pretrained(tmp_path, **options)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value * 2 if "state_dict" in given else value), name
+
+
+def test_wrapped_and_derived_classes_ship_the_code_of_ours(tmp_path):
+    class Mine(ShrpBertForSequenceClassification):
+        pass
+
+    model = static()
+    for name, cls in {"derived": Mine, "by FSDP": type("FSDPShrpBertForSequenceClassification", (type(model),), {})}.items():
+        model.__class__ = cls  # as FSDP2 does
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["auto_map"] == dict(model.auto_classes)
+        assert (tmp_path / name / "modeling_shrp_bert.py").exists()
+        assert not (tmp_path / name / "test_loading.py").exists()
 
 
 @pytest.mark.parametrize("with_code", [False, True])
@@ -294,7 +389,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(door, with_code, tmp_pa
     assert ("modeling_shrp_bert.py" in uploaded) is with_code
     assert same_state(ShrpBertForSequenceClassification.from_pretrained(hub / "org/shrp"), model)
     model.save_pretrained(tmp_path / "later")
-    assert not list((tmp_path / "later").glob("*.py"))  # the wish held for one upload
+    assert (tmp_path / "later" / "modeling_shrp_bert.py").exists()  # the wish held for one upload
 
 
 # --- fresh processes ---
@@ -314,7 +409,7 @@ torch.save(found, "found.pt")
 """
 
 OPENS_WITHOUT_SHRP_HF = """
-import copy, sys, torch
+import copy, json, os, sys, torch
 sys.modules["shrp_hf"] = None  # not installed, however the tests are run
 from types import SimpleNamespace
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
@@ -327,7 +422,13 @@ with torch.no_grad():
         found[name] = model(**inputs).logits
         found[name + " base"] = copy.deepcopy(AutoModel.from_pretrained(name, **trust))(**inputs).last_hidden_state
     assert AutoConfig.from_pretrained("static", **trust).kept_heads == [[1, 2], [2], [0, 3]]
-    model.save_pretrained("again", with_code=True)
+    model.save_pretrained("again")
+    config = json.load(open("again/config.json"))
+    assert len(config["auto_map"]) == 7, config["auto_map"]
+    model.save_pretrained("bare", with_code=False)
+    assert sorted(os.listdir("bare")) == ["config.json", "model.safetensors"]
+    assert "auto_map" not in json.load(open("bare/config.json"))
+    assert type(AutoModel.from_pretrained("again", **trust)).__name__ == "ShrpBertModel"
     again = copy.deepcopy(AutoModelForSequenceClassification.from_pretrained("again", **trust))
     assert torch.equal(again(**inputs).logits, found["static"])
     again.prune_heads(SimpleNamespace(kept=((1,), (2,), (3,)), num_heads=4))
@@ -345,7 +446,7 @@ def test_loaded_in_a_fresh_process_is_saved(installed, tmp_path):
     vocabulary |= {f"w{i}": i for i in range(5, 99)}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=40)
     for name, model in models.items():
-        model.save_pretrained(tmp_path / name, with_code=not installed)
+        model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     torch.save(batch(), tmp_path / "inputs.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -17,14 +17,14 @@ from shrp_hf import KeepPlan, cli
 from shrp_hf.benchmark import ModelReport, Timing, accuracy_interval, count_flops, count_parameters
 from shrp_hf.model_card import CITATIONS, METHODS, write_card
 from shrp_hf.recipes import Recipe
-from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, expert_choice, kept_heads, source_name
+from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, expert_choice, kept_heads, origin, source_name
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads
 from tests.tiny import tiny_bert, tiny_routed
 
 KEPT = ((0, 1, 2, 3), (2,), (0, 3))
 ENVIRONMENT = {"machine": "2 x Some CPU", "torch": "2.13.0", "date": "2026-11-25"}
-OPTIONAL = {"task", "reported", "training", "calibration"}
+OPTIONAL = {"task", "reported", "license", "training", "calibration"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     routed = tiny_routed(2)
     static = prune_heads(routed, KeepPlan(KEPT, 4))
     path = tmp_path_factory.mktemp("model")
-    static.save_pretrained(path, with_code=True)
+    static.save_pretrained(path)
     seconds = {"dense": ((0.4, 0.4), (0.4, 0.4)), "static": ((0.1, 0.1, 0.1), (0.1, 0.1, 0.3))}
     rows = [
         ModelReport(name, count_parameters(model), count_flops(model, 1, 8), Timing(name, 1, 8, "cpu", 2, seconds[name]))
@@ -54,6 +54,7 @@ def made(tmp_path_factory):
         seeds=(3,),
         task="sst2",
         reported="directory SST-2, test",
+        license="mit",
         training=Rows(64, "training rows"),
         calibration=Rows(16, "rows held out"),
         shape=(1, 8),
@@ -98,6 +99,7 @@ def test_card_loads_and_its_model_index_survives(folder, record):
     assert "interval_95" not in results[1].metric_args
     assert (results[0].dataset_type, results[0].dataset_split) == ("sst2", "directory SST-2, test")
     assert (card.data.base_model, card.data.pipeline_tag) == ("org/bert", "text-classification")
+    assert card.data.license == "mit"
 
 
 def test_card_says_what_the_record_says(folder, record):
@@ -153,6 +155,18 @@ def test_directory_is_no_base_model_of_the_hub(folder, record, tmp_path):
     assert source_name("org/bert") == "org/bert"
 
 
+@pytest.mark.parametrize(
+    ("text", "license"),
+    [("---\nlicense: mit\n---\n", "mit"), ("# no license\n", None), ("---\n: [\n---\n", None), (None, None)],
+    ids=["named", "not named", "damaged", "no card"],
+)
+def test_license_is_that_of_the_base_model(text, license, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert origin(str(tmp_path)) == {"base_model": source_name(str(tmp_path)), "license": license}
+    assert origin("org/unreachable") == {"base_model": "org/unreachable", "license": None}
+
+
 def test_card_of_an_encoder_for_embeddings(folder, record):
     (folder / "modules.json").write_text("[]", encoding="utf-8")
     try:
@@ -172,7 +186,7 @@ def test_card_of_an_encoder_for_embeddings(folder, record):
     ],
 )
 def test_without_code_only_shrp_hf_opens_it(auto_class, call, folder, record, tmp_path):
-    prune_heads(tiny_routed(2), KeepPlan(KEPT, 4)).save_pretrained(tmp_path)
+    prune_heads(tiny_routed(2), KeepPlan(KEPT, 4)).save_pretrained(tmp_path, with_code=False)
     text = text_of(tmp_path, replace(record, auto_class=auto_class))
     assert call in text
     assert "import shrp_hf" in text

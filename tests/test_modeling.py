@@ -310,18 +310,62 @@ def test_static_model_compiles_whole(backend):
         torch.testing.assert_close(compiled(**batch()).logits, logits_of(model), **EXACT)
 
 
-@pytest.mark.parametrize("targets", [None, ["query", "value"], ["query", "key", "value", "dense"]], ids=str)
-def test_lora_refuses_the_routed_experts_and_trains_the_static_ones(targets):
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("targets", [None, ["query", "key", "value", "dense"]], ids=str)
+def test_lora_on_routed_experts_is_lora_on_their_weights(targets, experts):
+    """d loss / d B = scale * (d loss / d W) A^T, with the W that has the adapter in it."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=2)
-    with pytest.raises(ValueError, match=r"^Target module ExpertLinear\(\) is not supported"):
-        get_peft_model(tiny_routed(2), copy.deepcopy(config))
-    model = get_peft_model(static_model(), config).train()
+    def routed():
+        return tiny_routed(2, dtype=torch.float64, experts_per_sequence=experts, **NO_DROPOUT)
+
+    inputs = inputs_for(routed())
+    adapted = get_peft_model(routed(), LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=0.0, target_modules=targets)).train()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    merged = copy.deepcopy(adapted).merge_and_unload().requires_grad_(True).train()
+    assert (logits_of(merged.eval()) - logits_of(routed())).abs().max() > 1e-3
+    output = adapted(**inputs)
+    expected = merged.train()(**inputs)
+    torch.testing.assert_close(output.logits, expected.logits, **EXACT)
+    output.loss.backward()
+    expected.loss.backward()
+    for layer in (1, 2):
+        for name in ("query", "value"):
+            ours = getattr(adapted.get_base_model().layers[layer].attention.self, name)
+            theirs = getattr(merged.layers[layer].attention.self, name)
+            assert type(theirs).__name__ == "ExpertLinear"
+            grad = ours.scaling["default"] * theirs.weight.grad @ ours.lora_A["default"].weight.T
+            assert grad.abs().max() > 0
+            torch.testing.assert_close(ours.lora_B["default"].weight.grad, grad, **EXACT)
+
+
+@pytest.mark.parametrize("targets", [None, ["query", "value"], ["query", "key", "value", "dense"]], ids=str)
+def test_lora_trains_the_static_experts(targets):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(static_model(), LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=2)).train()
     model(**inputs_for(static_model())).loss.backward()
     adapters = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
     assert any("layer.2.attention.self.query" in name for name in adapters)
     assert all(grad.abs().max() > 0 for name, grad in adapters.items() if ".key." not in name)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_routed(2), lambda: to_shrp(tiny_bert())], ids=["routed", "dense"])
+def test_heads_under_an_adapter_are_not_cut(build):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build(), LoraConfig(task_type="SEQ_CLS", r=2))
+    state = {name: value.clone() for name, value in adapted.state_dict().items()}
+    message = "`layer.0.attention.self.query` is wrapped in an adapter, which cutting would lose: `merge_and_unload()` first."
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        adapted.get_base_model().prune_heads(KeepPlan((ALL, (2,), (0, 3)), 4))
+    assert all(torch.equal(value, adapted.state_dict()[name]) for name, value in state.items())
+    merged = adapted.merge_and_unload()
+    merged.prune_heads(KeepPlan((ALL, (2,), (0, 3)), 4))
+    assert logits_of(merged).shape == (5, 3)
 
 
 def test_attention_is_dispatched_through_transformers():

@@ -135,7 +135,7 @@ def test_a_process_without_shrp_hf_runs_them(tmp_path):
             model = prune_heads(tiny_routed(2), KeepPlan(((1, 2), (2,), (0, 3)), 4))
         else:
             model = prune_heads(stock(family, head_of(task), dtype=torch.float32), MIXED)
-        model.save_pretrained(tmp_path / family, with_code=True)
+        model.save_pretrained(tmp_path / family)
         (processor() if family == "vit" else tokenizer_for(family)).save_pretrained(tmp_path / family)
         expected[family] = results(model, task, family)
         inputs, options = ([], {}) if family == "vit" else TASKS[task][1:]

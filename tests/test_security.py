@@ -155,14 +155,14 @@ def test_what_does_harm_is_seen(tmp_path):
 
 def test_loading_a_shipped_model_runs_its_own_code_and_nothing_else(tmp_path):
     folder, modules = tmp_path / "model", tmp_path / "modules"
-    static().save_pretrained(folder, with_code=True)
+    static().save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     (folder / "setup.py").write_text("raise SystemExit")
     done = done_by(LOADS, tmp_path, HF_MODULES_CACHE=str(modules))
     assert done.keys() == {"ran", "wrote"}
     assert all(Path(what).is_relative_to(modules) for what in done["ran"] | done["wrote"])
     ran = [Path(what) for what in done["ran"] if Path(what).name != "__init__.py"]
-    assert {path.name for path in ran} == {path.name for path in folder.glob("*_*.py")} | {"expert_layer.py"}
+    assert {path.name for path in ran} == {path.name for path in folder.glob("*.py")} - {"setup.py"}
     for path in ran:
         assert path.read_bytes() == (ROOT / "shrp_hf" / "models" / path.name).read_bytes()
     for path in modules.rglob("__init__.py"):
@@ -329,8 +329,8 @@ def test_code_that_a_config_names_stays_untouched(reference, tmp_path):
         assert same_state(loaded, model)
     AutoModel.from_pretrained(folder)
     assert not marker.exists()
-    loaded.save_pretrained(tmp_path / "again")  # the names are not passed on
+    loaded.save_pretrained(tmp_path / "again", with_code=False)  # the names are not passed on
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
-    loaded.save_pretrained(tmp_path / "coded", with_code=True)
+    loaded.save_pretrained(tmp_path / "coded")
     written = json.loads((tmp_path / "coded" / "config.json").read_text())["auto_map"]
     assert written == dict(ShrpBertForSequenceClassification.auto_classes)

@@ -1,10 +1,12 @@
 """ShrpTrainer: conversion under way, gradients, resuming, logs, and experts chosen by usage."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
 from shrp_hf import ShrpBertForSequenceClassification
 from shrp_hf.plan import KeepPlan
@@ -65,6 +67,17 @@ def test_stock_bert_is_converted_and_lives_in_the_trainer(tmp_path):
             [((2,), 0.1)] * 3 + [((2,), 0.0)] * 3,
             id="accumulation",
         ),
+        pytest.param(
+            {"num_expert_layers": 2, "max_steps": 6},
+            [((2,), 0.1)] * 2 + [((1, 2), 0.1)] * 2 + [((1, 2), 0.0)] * 2,
+            id="scaled to steps",
+        ),
+        pytest.param(
+            {"num_expert_layers": 2, "num_train_epochs": 1},
+            [((2,), 0.1)] * 2 + [((1, 2), 0.1)] * 2 + [((1, 2), 0.0)] * 2,
+            id="scaled to epochs",
+        ),
+        pytest.param({"num_expert_layers": 3, "max_steps": 1}, [((0, 1, 2), 0.1)], id="one step"),
     ],
 )
 def test_layers_are_converted_when_the_arguments_say(options, seen, tmp_path):
@@ -73,6 +86,105 @@ def test_layers_are_converted_when_the_arguments_say(options, seen, tmp_path):
     trainer.train()
     assert watch.seen == seen
     assert trainer.model.config.pending_layers == []
+
+
+@pytest.mark.parametrize(("options", "said"), [({"max_steps": 6}, 1), ({}, 0), ({"num_train_epochs": 3}, 0)], ids=str)
+def test_scaling_is_said_once(options, said, tmp_path, caplog):
+    trainer_for(tmp_path, num_expert_layers=2, **options).train()
+    message = (
+        "The stages are scaled to the length that was given: stage balance takes 4 of 6 steps, stage specialise the rest."
+    )
+    assert [text for text in caplog.messages if "scaled" in text] == [message] * said
+
+
+def test_given_length_is_that_of_what_is_left_too(tmp_path):
+    trainer = trainer_for(tmp_path, tiny_routed([2], num_labels=2), num_expert_layers=2, num_train_epochs=1)
+    trainer.train()
+    assert (trainer.args.num_train_epochs, trainer.state.global_step) == (1, 6)
+    assert trainer.model.config.expert_layers == [1, 2]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    args = ShrpTrainingArguments(tmp_path, num_expert_layers=1, **SHRP)
+    assert args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = (
+        "`WORLD_SIZE=2` in the environment, but `args.world_size` is 1: each of these processes would train alone and write "
+        "over the others' files. Without a GPU give `use_cpu=True` (`--use_cpu`); to train in one process, unset WORLD_SIZE "
+        "or start it without a launcher."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ShrpTrainer(bert(), args, train_dataset=DATA)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ShrpTrainer(bert(), args, train_dataset=DATA)
+
+
+# --- hyperparameter search ---
+
+
+@pytest.fixture
+def searching(tmp_path, monkeypatch):
+    """Makes a trainer as `hyperparameter_search` sets it up, for trials that are given as a dict, as Ray does."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_ray_tune_available", lambda: True)
+    monkeypatch.setattr(ShrpTrainer, "_get_output_dir", lambda self, trial: self.args.output_dir)
+    return partial(searcher, tmp_path)
+
+
+def searcher(folder, **options):
+    args = ShrpTrainingArguments(folder, **(SHRP | options))
+    trainer = ShrpTrainer(model_init=lambda: bert(), args=args, train_dataset=DATA)
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    return trainer
+
+
+def test_every_trial_has_its_own_stages(searching):
+    trainer = searching(num_expert_layers=1)
+    found = []
+    for trial in (
+        {"num_expert_layers": 2},
+        {"num_expert_layers": 1, "specialise_epochs": 2.0},
+        {"num_expert_layers": 3, "specialise_epochs": 0.0, "conversion_order": "first_first"},
+        {"num_expert_layers": 2, "specialise_epochs": 1.0},
+        {"num_expert_layers": 1, "experts_per_sequence": 2, "learning_rate": 1e-4},
+        {"num_expert_layers": 2, "num_train_epochs": 1.0},
+    ):
+        trainer.train(trial=trial)
+        config = trainer.model.config
+        assert config.pending_layers == []
+        found.append((config.expert_layers, trainer.state.max_steps, trainer._schedule.balance_steps))
+    assert found == [
+        ([1, 2], 18, 12),
+        ([2], 18, 6),
+        ([0, 1, 2], 18, 18),
+        ([1, 2], 18, 12),
+        ([2], 12, 6),
+        ([1, 2], 6, 4),
+    ]
+    assert trainer.model.config.experts_per_sequence == 2
+    # The recipe of Transformers' documentation: the best trial's values, then an ordinary training.
+    trainer.hp_search_backend = None
+    for name, value in {"num_expert_layers": 3, "num_train_epochs": 2}.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    found = trainer.model.config.expert_layers, trainer.state.max_steps, trainer._schedule.balance_steps
+    assert found == ([0, 1, 2], 12, 9)
+
+
+def test_trial_that_names_the_first_layers_sets_rows_aside(searching):
+    trainer = searching()
+    assert trainer._usage_dataset is None
+    trainer.train(trial={"num_expert_layers": 1})
+    assert (len(trainer.train_dataset), trainer.state.max_steps) == (48, 12)
+    assert trainer.usage_plan().num_kept == 9
+    trainer.args.num_expert_layers = None
+    trainer.train(trial={"learning_rate": 1e-4})
+    assert (trainer.model.config.model_type, trainer.state.max_steps) == ("bert", 18)
+
+
+def test_trial_with_contradictory_stages_is_refused(searching):
+    trainer = searching(num_expert_layers=1)
+    with pytest.raises(ValueError, match=r"^Give `num_expert_layers` or `expert_layers`, not both: got 1 and \[0\]\.$"):
+        trainer.train(trial={"expert_layers": [0]})
 
 
 def test_plain_arguments_convert_nothing_and_train_as_trainer_does(tmp_path):

@@ -28,10 +28,13 @@ def arguments(**options):
         ({"num_expert_layers": 2, "balance_steps_per_layer": 10, "specialise_steps": 5}, 3.0, 25),
         ({"num_expert_layers": 2, "balance_steps_per_layer": 10, "specialise_steps": 5, "max_steps": 25}, 3.0, 25),
         ({"max_steps": 25}, 3.0, 25),
+        ({"num_expert_layers": 11, "num_train_epochs": 3}, 3, -1),
+        ({"num_expert_layers": 2, "max_steps": 20}, 3.0, 20),
+        ({"num_expert_layers": 2, "max_steps": 20, "num_train_epochs": 5}, 5, 20),
     ],
     ids=str,
 )
-def test_length_follows_from_the_stages(options, epochs, steps):
+def test_length_is_given_or_follows_from_the_stages(options, epochs, steps):
     args = arguments(**options)
     assert (args.num_train_epochs, args.max_steps) == (epochs, steps)
 
@@ -48,12 +51,59 @@ def test_command_line_is_parsed():
     assert (args.num_requested_layers, args.num_train_epochs) == (0, 2.0)
 
 
+def test_length_that_was_derived_follows_when_a_stage_changes():
+    args = arguments(num_expert_layers=2)
+    args.num_expert_layers = 4
+    args.settle_stages_()
+    assert args.num_train_epochs == 5.0
+    args.settle_stages_(1)
+    assert args.num_train_epochs == 2.0
+    args.balance_steps_per_layer, args.specialise_steps = 10, 5
+    args.settle_stages_()
+    assert args.max_steps == 45
+    args.balance_steps_per_layer = args.specialise_steps = None
+    args.settle_stages_()
+    assert (args.num_train_epochs, args.max_steps) == (5.0, -1)
+    args.num_train_epochs = 7
+    args.settle_stages_()
+    assert args.num_train_epochs == 7
+    args.num_expert_layers, args.expert_layers = 2, [1]
+    with pytest.raises(ValueError, match="not both"):
+        args.settle_stages_()
+
+
+@pytest.mark.parametrize(
+    ("options", "num_layers", "scaled"),
+    [
+        ({}, 2, False),
+        ({"num_train_epochs": 3}, 2, False),
+        ({"num_train_epochs": 5}, 2, True),
+        ({"max_steps": 20}, 2, True),
+        ({"balance_steps_per_layer": 10, "specialise_steps": 5}, 2, False),
+    ],
+    ids=str,
+)
+def test_stages_are_scaled_to_another_length_alone(options, num_layers, scaled):
+    assert arguments(num_expert_layers=num_layers, **options).are_stages_scaled(num_layers) is scaled
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("specialise", [0, 1])
+def test_every_layer_is_converted_in_the_shortest_training(max_steps, specialise):
+    args = arguments(num_expert_layers=3, specialise_epochs=specialise, max_steps=max_steps)
+    schedule = args.schedule([2, 1, 0], max_steps)
+    assert [layer for _, layer in schedule.conversions] == [2, 1, 0]
+    assert all(0 <= step < max_steps for step, _ in schedule.conversions)
+    assert 0 <= schedule.balance_steps <= max_steps
+
+
 def test_survives_json():
     args = arguments(num_expert_layers=2, balance_coef=0.5)
     written = json.loads(args.to_json_string())
     assert (written["num_expert_layers"], written["balance_coef"], written["num_train_epochs"]) == (2, 0.5, 3.0)
     (read,) = HfArgumentParser(ShrpTrainingArguments).parse_dict(written, allow_extra_keys=True)
     assert read.num_requested_layers == 2
+    assert not read.are_stages_scaled(2)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +117,8 @@ def test_survives_json():
             id="parts of an epoch",
         ),
         pytest.param({"specialise_epochs": 0}, StageSchedule(((0, 2), (10, 1)), 20, 20), id="no specialising"),
+        pytest.param({"max_steps": 12}, StageSchedule(((0, 2), (4, 1)), 8, 12), id="scaled to steps"),
+        pytest.param({"num_train_epochs": 6}, StageSchedule(((0, 2), (20, 1)), 40, 60), id="scaled to epochs"),
         pytest.param(
             {"balance_steps_per_layer": 3, "specialise_steps": 4}, StageSchedule(((0, 2), (3, 1)), 6, 10), id="in steps"
         ),
@@ -116,20 +168,15 @@ TWO_LAYERS = {"num_expert_layers": 2}
             id="order",
         ),
         pytest.param(
-            TWO_LAYERS | {"num_train_epochs": 5},
-            "`num_train_epochs=5` disagrees with the stages: 2 layers x 1.0 + 1.0 = 3.0 epochs. Leave it out, or change "
-            "`balance_epochs_per_layer` or `specialise_epochs`.",
-            id="epochs disagree",
-        ),
-        pytest.param(
-            TWO_LAYERS | {"max_steps": 100},
-            "`max_steps=100` disagrees with stages given in epochs: give `balance_steps_per_layer` and `specialise_steps` "
-            "instead.",
-            id="steps against epochs",
+            TWO_LAYERS | {"balance_steps_per_layer": 10, "specialise_steps": 5, "balance_epochs_per_layer": 0.5},
+            "`balance_epochs_per_layer=0.5` disagrees with `balance_steps_per_layer=10`: give the stages in epochs or in "
+            "steps, not in both.",
+            id="epochs against steps",
         ),
         pytest.param(
             TWO_LAYERS | {"balance_steps_per_layer": 10, "specialise_steps": 5, "max_steps": 30},
-            "`max_steps=30` disagrees with the stages, which take 25 steps: leave it out.",
+            "`max_steps=30` disagrees with the stages, which take 25 steps: leave it out, or give the stages in epochs, which "
+            "are scaled to it.",
             id="steps disagree",
         ),
         pytest.param(

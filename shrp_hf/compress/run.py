@@ -140,7 +140,7 @@ class Compression:
         say(f"4/5 saving {chosen.candidate.name}, opening it in a new process")
         result = self._load(self.output / "trials" / chosen.candidate.name)
         self.tokenizer.save_pretrained(self.output / "model")
-        result.save_pretrained(self.output / "model", with_code=True)
+        result.save_pretrained(self.output / "model")
         check_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
         say("5/5 verifying on the reported rows")
         verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen)

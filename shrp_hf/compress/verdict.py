@@ -17,7 +17,7 @@ from shrp_hf.compress.search import Targets, Trial, share_text
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
-from shrp_hf.record import Rows, RunRecord, Score, expert_choice, source_name
+from shrp_hf.record import Rows, RunRecord, Score, expert_choice, origin
 from shrp_hf.report import compare_models, measure_models, write_text
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
@@ -113,7 +113,7 @@ def write_verdict(
         rows,
         scores,
         task,
-        base_model=source_name(verdict.model_name),
+        **origin(verdict.model_name),
         options=asdict(verdict.options),
         seeds=(verdict.options.seed,),
         training=Rows(len(task.train), f"training rows of {task.name}"),

@@ -88,6 +88,16 @@ class ShrpConfigFields:
             raise _damaged(pretrained_model_name_or_path)
         return cls.adopt(config, str(pretrained_model_name_or_path)), kwargs
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; a config saved without its model names no code, for none lies beside it."""
+        named = self.__dict__.pop("auto_map", None)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__dict__.pop("auto_map", None)
+            if named is not None:
+                self.auto_map = named
+
     @classmethod
     def adopt(cls, fields: dict, source: str) -> dict:
         """Returns the fields of a config of this class, or of a stock family that it extends, as fields of this class.

@@ -74,11 +74,11 @@ def _only_computes(*modules: nn.Module) -> bool:
     )
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(nn.Linear):
     """The query, key or value projections of all experts, stacked as BERT stacks its heads.
 
-    Deliberately no `nn.Linear`: LoRA on a weight that is gathered by expert would get no gradient and no error, so PEFT
-    must be able to refuse it.
+    What is put around it (LoRA, a quantised form) takes hidden states alone, so it projects by all experts, and the chosen
+    ones are picked afterwards: a gathered weight would give LoRA no gradient and no error.
 
     Args:
         dense: The projection to take over; weight (experts * head_size, hidden) and bias stay the same parameters.
@@ -86,7 +86,8 @@ class ExpertLinear(nn.Module):
     """
 
     def __init__(self, dense: nn.Module, head_size: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # no weights of its own
+        self.out_features, self.in_features = dense.weight.shape
         self.head_size = head_size
         self.weight = dense.weight
         self.bias = dense.bias
@@ -149,7 +150,7 @@ class ExpertAttention(nn.Module):
     def _project(self, hidden_states: torch.Tensor, experts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         projections = (self.query, self.key, self.value)
         if experts is not None:
-            return tuple(projection(hidden_states, experts) for projection in projections)
+            return tuple(self._project_by(projection, hidden_states, experts) for projection in projections)
         plain = all(type(projection) is nn.Linear for projection in projections) and _only_computes(*projections)
         if not plain or hidden_states.shape[:-1].numel() < JOINED_FROM:
             return tuple(projection(hidden_states) for projection in projections)
@@ -157,6 +158,13 @@ class ExpertAttention(nn.Module):
         weight = torch.cat([projection.weight for projection in projections])
         bias = torch.cat([projection.bias for projection in projections])
         return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+
+    def _project_by(self, projection: nn.Module, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        if type(projection) is ExpertLinear:
+            return projection(hidden_states, experts)
+        states = projection(hidden_states).unflatten(-1, (-1, self.attention_head_size))  # (batch, length, experts, head_size)
+        index = experts[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return states.gather(2, index).flatten(2)
 
 
 class Expander(nn.Module):

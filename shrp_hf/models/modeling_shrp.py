@@ -1,32 +1,26 @@
-"""What the Shrp models of all families share: building from the config, converting, pruning, loading and saving."""
+"""What the Shrp models of all families share: building from the config, converting, pruning and loading."""
 
-import json
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
 from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
 from .safe_weights import SafeWeightsMixin
+from .saving import SavingMixin
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
-class ShrpModelMixin(SafeWeightsMixin):
+class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
     head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
-    auto_classes: ClassVar[Mapping[str, str]] = {}
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
@@ -174,8 +168,15 @@ class ShrpModelMixin(SafeWeightsMixin):
 
         Raises:
             ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
-                expert layer without experts, or the conversion has not finished. The model is as it was.
+                expert layer without experts, the conversion has not finished, or an adapter is around a projection. The
+                model is as it was.
         """
+        for i, layer in enumerate(self.layers):
+            for name, module in layer.named_modules():
+                if hasattr(module, "base_layer"):  # PEFT's
+                    raise ValueError(
+                        f"`layer.{i}.{name}` is wrapped in an adapter, which cutting would lose: `merge_and_unload()` first."
+                    )
         if self.config.pending_layers:
             raise ValueError(
                 f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
@@ -202,7 +203,7 @@ class ShrpModelMixin(SafeWeightsMixin):
         for module in {self, self.base_model}:
             module._list_layer_classes_()
 
-    # --- loading and saving ---
+    # --- loading ---
 
     @classmethod
     def from_stock(cls, model: PreTrainedModel) -> Self:
@@ -298,66 +299,6 @@ class ShrpModelMixin(SafeWeightsMixin):
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
         return layer in silent and path.rpartition(".")[0] in paths
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
-        """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.
-
-        Args:
-            save_directory: Where to.
-            *args: As in Transformers.
-            with_code: Also write the code, and name it in the config for every Auto class, so that the model opens with
-                `trust_remote_code=True` where shrp_hf is not installed.
-            **kwargs: As in Transformers.
-
-        Raises:
-            OSError: It cannot be written: a full disk, no permission, a file in the place of the directory.
-        """
-        if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint", False):
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        if kwargs.pop("push_to_hub", False):
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "create_pr", "token") if name in kwargs}
-            self.save_pretrained(save_directory, *args, with_code=with_code, **kwargs)
-            self.push_to_hub(repo_id, with_code=with_code, **hub)
-            return
-        target = Path(save_directory)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            for left in target.glob(".saving-*"):  # by a save that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staged:
-                super().save_pretrained(staged, *args, **kwargs)
-                if with_code or getattr(self, "_ships_code", False):
-                    self._write_code(Path(staged))
-                elif type(self)._auto_class is None:  # what a config names that was loaded with its code stays there
-                    _write_auto_map(Path(staged), None)
-                _publish(Path(staged), target)
-        except Exception as error:
-            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-                raise
-            raise OSError(f"The model cannot be saved to `{target}` ({error}): what was there is as it was.") from error
-
-    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
-        """Uploads as Transformers does.
-
-        Args:
-            repo_id: The repository, for example "org/shrp-bert-sst2".
-            *args: Further arguments of Transformers' method, and so are `kwargs`.
-            with_code: Upload the code with it, as `save_pretrained` writes it.
-            **kwargs: For example `private`, `token`, `commit_message`.
-        """
-        self._ships_code = with_code
-        try:
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        finally:
-            del self._ships_code
-
-    def _write_code(self, folder: Path) -> None:
-        source = Path(sys.modules[type(self).__module__].__file__)
-        for path in [source, *map(Path, get_relative_import_files(source))]:
-            shutil.copyfile(path, folder / path.name)
-        _write_auto_map(folder, self.auto_classes)
-
 
 class ShrpBaseMixin(ShrpModelMixin):
     """A stock base model whose layers lose the heads that the config leaves out. Mixed in before the stock class."""
@@ -388,16 +329,6 @@ def auto_map(family: str, *heads: str) -> dict[str, str]:
     return {"AutoConfig": f"{config}Config", "AutoModel": f"{model}Model"} | classes
 
 
-def _write_auto_map(folder: Path, classes: Mapping[str, str] | None) -> None:
-    """Lets `config.json` name these classes for Transformers' loader of remote code, and no others."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("auto_map", None) == classes:
-        return
-    config |= {"auto_map": dict(classes)} if classes else {}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Gives `target` the parameters in `weights`, not copied, and the buffers of `source`."""
     for name, parameter in target.named_parameters(remove_duplicate=False):
@@ -425,26 +356,3 @@ def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"`expert_layers` must name at least one layer, and none twice, got {layers}.")
     return list(layers)
-
-
-def _publish(staged: Path, target: Path) -> None:
-    """Moves the staged files, weights first and the config last, and removes weights of an earlier save.
-
-    Killed in between, it leaves the earlier model, the new one, or no config at all: never a config beside weights that
-    are not its own.
-    """
-    names = {path.name for path in staged.iterdir()}
-    held, kept = _weights(target), _weights(staged)
-    config = target / "config.json"
-    is_one_move = len(kept) == 1 and held <= kept and config.is_file()
-    if not is_one_move or config.read_bytes() != (staged / "config.json").read_bytes():
-        config.unlink(missing_ok=True)
-    for name in held - kept:
-        (target / name).unlink()
-    for name in sorted(names, key=lambda name: (name == "config.json", name)):
-        (staged / name).replace(target / name)
-
-
-def _weights(folder: Path) -> set[str]:
-    patterns = ("model*.safetensors", "model*.safetensors.index.json")
-    return {path.name for pattern in patterns for path in folder.glob(pattern)}
