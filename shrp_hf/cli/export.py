@@ -31,12 +31,14 @@ def export(
     import json
 
     from shrp_hf.onnx_export import export_onnx, load_for_export
+    from shrp_hf.runs import check_output
     from shrp_hf.tasks.loading import load_task
 
     if dataset is not None and texts is not None:
         raise ValueError("Give one of `--dataset` and `--texts`, not both.")
     if data_dir is not None and dataset is None:
         raise ValueError(f"`--data-dir {data_dir}` belongs to `--dataset`, which is missing.")
+    check_output(output, [model])
     rows: list | None = None
     if texts is not None:
         rows = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]

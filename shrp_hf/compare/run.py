@@ -15,6 +15,7 @@ from shrp_hf.compare.cells import Settings, Worker
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import Grid, Job, ModelShape
 from shrp_hf.report import write_text
+from shrp_hf.runs import check_output
 from shrp_hf.tasks.task import Task
 
 POLL_SECONDS = 1.0
@@ -33,11 +34,12 @@ class Comparison:
             made of), `stats`, `claims`.
 
     Raises:
-        ValueError: The grid or the model does not suit, or the directory holds cells of other settings.
+        ValueError: The grid or the model does not suit, the directory holds cells of other settings, or it is the model's.
     """
 
     def __init__(self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path) -> None:
         grids = [grids] if isinstance(grids, Grid) else grids
+        check_output(output, [settings.model], ("models", "checkpoints"))
         shape = _shape_of(settings, task)
         for grid in grids:
             grid.check(shape, settings.min_heads_per_layer)
@@ -161,11 +163,6 @@ def _shape_of(settings: Settings, task: Task) -> ModelShape:
     if kept is not None or experts:
         raise ValueError(
             f"`model` {settings.model!r} has pruned heads or expert layers already: compare from the dense model it came from."
-        )
-    if not settings.dense_epochs and config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`model` {settings.model!r} predicts {config.num_labels} labels, but the task {task.name!r} has "
-            f"{task.num_labels}: give a model that was fine-tuned on it, or `dense_epochs` to fine-tune it."
         )
     family = config.model_type.removeprefix("shrp_")
     converts = family in ("bert", "roberta", "xlm-roberta", "camembert")
