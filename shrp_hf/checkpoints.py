@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 HALVES = (torch.float16, torch.bfloat16)
 # What a model is called by what wraps it: DistributedDataParallel, torch.compile, FSDP, Lightning, sentence-transformers.
 _WRAPPED = re.compile(r"((?:module|_orig_mod|_fsdp_wrapped_module|model|auto_model)\.)+")
+_FAMILIES = {"bert", "roberta", "electra", "distilbert", "vit", "deberta", "mpnet"}  # what their weights begin with
 _HINTS = {
     r"lora_|\.base_layer\.|\.adapters?\.": "An adapter was saved in place: merge it (PEFT: `merge_and_unload()`), save then.",
     r"_(orig|mask)$": "Masks of torch were saved: `torch.nn.utils.prune.remove(module, 'weight')` first, save then.",
@@ -175,11 +176,14 @@ def _check_encoder(model: PreTrainedModel, name: str, info: dict[str, Any], miss
         return
     found = [f"{len(missing)} weights are missing, the first is `{missing[0]}`"] if missing else []
     found += shapes[:1]
-    others = left or (unexpected if missing else [])
+    others = unexpected if missing else left
     found += [f"the files hold {len(others)} that have no place in it, the first is `{others[0]}`"] if others else []
-    hints = (hint for pattern, hint in _HINTS.items() if any(re.search(pattern, key) for key in unexpected))
+    hints = [hint for pattern, hint in _HINTS.items() if any(re.search(pattern, key) for key in unexpected)]
+    family = next((word for key in unexpected if (word := key.partition(".")[0]) in _FAMILIES), model.base_model_prefix)
+    if family != model.base_model_prefix:
+        hints.append(f"They are those of another family (`{family}`): correct `model_type` in its config.")
+    hints.append("Save the whole model again, by its own `save_pretrained` (unwrapped: `model.module`).")
     raise ValueError(
         f"The encoder of `{name}` (`{model.config.model_type}`, {model.config.num_hidden_layers} layers by its config) is not "
-        f"that of its files: {'; '.join(found)}. "
-        + next(hints, "Save the whole model again, by its own `save_pretrained` (unwrapped: `model.module`).")
+        f"that of its files: {'; '.join(found)}. {hints[0]}"
     )

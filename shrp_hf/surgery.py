@@ -20,7 +20,7 @@ from shrp_hf.models import (
 )
 from shrp_hf.models.head_slicing import head_columns, heads_to_keep
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
-from shrp_hf.models.rebuilding import check_as_built, take_weights_
+from shrp_hf.models.rebuilding import check_as_built, check_copyable, take_weights_
 from shrp_hf.plan import KeepPlan
 
 _SHRP_MODULES = (
@@ -64,9 +64,11 @@ def prune_heads(model: PreTrainedModel, plan: KeepPlan | Mapping[int, list[int]]
             of an ordinary layer: its attention then adds only the bias of its output projection.
 
     Raises:
-        ValueError: See `ShrpModelMixin.prune_heads`.
+        ValueError: See `to_shrp` and `ShrpModelMixin.prune_heads`.
     """
-    pruned = copy.deepcopy(to_shrp(model))
+    shrp = to_shrp(model)
+    check_copyable(shrp)
+    pruned = copy.deepcopy(shrp)
     pruned.prune_heads(plan)
     return pruned
 

@@ -74,6 +74,17 @@ def check_plain(layers: Mapping[int, nn.Module], head_map: HeadMap) -> None:
                 raise ValueError(f"`{path}` of layer {i} {reason}.")
 
 
+def check_copyable(model: nn.Module) -> None:
+    """Refuses a model that torch cannot copy: one in which a weight is computed from others and kept, as masks of torch do.
+
+    Raises:
+        ValueError: Names the module, and the way out.
+    """
+    for name, module in model.named_modules():
+        if any(isinstance(value, torch.Tensor) and not value.is_leaf for value in vars(module).values()):
+            raise ValueError(f"`{name}` {wrapping(module) or 'keeps a tensor that was computed with a gradient: drop it'}.")
+
+
 def check_as_built(model: PreTrainedModel, extended: type | None = None) -> None:
     """Refuses a model that has something which its class and config do not build, and a rebuild would lose.
 
