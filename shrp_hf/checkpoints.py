@@ -30,6 +30,17 @@ _HINTS = {
 }
 
 
+def warn_of_half_precision(model: torch.nn.Module) -> None:
+    """Logs that a model which is about to be trained holds half precision, in which small steps of the optimizer are lost."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & set(HALVES)
+    if found:
+        logger.warning(
+            "The weights are %s, as their file was: steps of the optimizer that are too small for it are lost, and quality "
+            "falls. Load the model with `dtype=torch.float32`, and train with `bf16=True` for speed.",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found)),
+        )
+
+
 def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrainedModel, list[str]]:
     """Opens a stock or Shrp model with exactly the encoder weights of its files.
 
@@ -47,11 +58,11 @@ def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrai
 
     Raises:
         ValueError: Encoder weights are missing, misshapen or left over; the config asks for what Transformers 5 ignores, or
-            for code of its own; or the weights are no safetensors.
+            for code of its own; it is an adapter or quantised; or the weights are no safetensors.
     """
-    config = _config_of(name, fields)
-    check_positions(config)
-    _check_code(config, name)
+    config = open_config(name, **fields)
+    if getattr(config, "kept_heads", None) and not AutoConfig.from_pretrained(name).model_type.startswith("shrp_"):
+        logger.warning("`%s` was pruned by Transformers 4, which version 5 cannot open: its Shrp class does.", name)
     prefix = _wrapped_prefix(name)
     renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     if prefix:
@@ -120,19 +131,48 @@ def open_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def _config_of(name: str, fields: dict[str, Any]) -> PreTrainedConfig:
+def _file_of(name: str, file: str) -> str | None:
+    """Returns the path of a file of a model, None where there is none."""
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "gated_repo", "connection_errors")}
+    return cached_file(name, file, **quiet)
+
+
+def _check_whole(name: str) -> None:
+    if _file_of(name, "adapter_config.json") is not None:
+        raise ValueError(
+            f"`{name}` is an adapter (PEFT), no whole model: merge it, by `PeftModel.from_pretrained(base, {name!r})"
+            ".merge_and_unload().save_pretrained(folder)`, and give that folder."
+        )
+
+
+def open_config(name: str, **fields: Any) -> PreTrainedConfig:
+    """Opens the config of a model; a Shrp config where Transformers 4 pruned a stock one.
+
+    Args:
+        name: Hub id or directory.
+        **fields: Fields to change.
+
+    Raises:
+        ValueError: It asks for what Transformers 5 ignores, or for code of its own; or the model is an adapter or quantised.
+    """
+    _check_whole(name)
     config = AutoConfig.from_pretrained(name, **fields)
+    check_positions(config)
+    _check_code(config, name)
     if not getattr(config, "pruned_heads", None) or config.model_type not in FAMILIES:
         return config
     family = "roberta" if config.model_type in ("xlm-roberta", "camembert") else config.model_type
     if family.startswith("shrp_"):
         return config
-    logger.warning("`%s` was pruned by Transformers 4, which version 5 cannot open: its Shrp class does.", name)
     return type(AutoConfig.for_model(f"shrp_{family}")).from_pretrained(name, **fields)
 
 
 def _check_code(config: PreTrainedConfig, name: str) -> None:
-    """Refuses a model with code of its own: Transformers would open it by the stock class without a word."""
+    """Refuses a quantised model, and one with code of its own: Transformers would open it by the stock class."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"`{name}` is quantised (`quantization_config`): take the model that it was made from, quantise last."
+        )
     classes = {kind: path for kind, path in (getattr(config, "auto_map", None) or {}).items() if kind.startswith("AutoModel")}
     foreign = [str(path) for path in classes.values() if not str(path).rpartition(".")[2].startswith("Shrp")]
     if foreign:
@@ -144,14 +184,13 @@ def _check_code(config: PreTrainedConfig, name: str) -> None:
 
 def _wrapped_prefix(name: str) -> str:
     """Returns what all names of weights begin with where a wrapper was saved; empty where none was."""
-    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "gated_repo", "connection_errors")}
     # One file of a model in several parts says enough.
-    folder = Path(name)
-    files = sorted(folder.glob("*.safetensors"))[:1] if folder.is_dir() else [cached_file(name, "model.safetensors", **quiet)]
-    if not files or files[0] is None:
+    parts = sorted(Path(name).glob("model*.safetensors"))
+    path = parts[0] if parts else _file_of(name, "model.safetensors")
+    if path is None:
         return ""
     try:
-        with safe_open(os.fspath(files[0]), "pt") as weights:
+        with safe_open(os.fspath(path), "pt") as weights:
             names = list(weights.keys())
     except (SafetensorError, OSError):  # the loader says what is wrong with it
         return ""

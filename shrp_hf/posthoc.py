@@ -131,7 +131,14 @@ def prune_posthoc(
     set_seed(options.seed)
     model = load_fine_tuned(model_name, task)
     tokenizer = open_tokenizer(model_name, model)
-    teacher = model if options.teacher is None else load_fine_tuned(options.teacher, task)
+    teacher = model
+    if options.teacher is not None:
+        teacher = load_fine_tuned(options.teacher, task)
+        if open_tokenizer(options.teacher, teacher).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`teacher` {options.teacher!r} has another vocabulary than {model_name!r}: it would teach by the tokens "
+                "of another model. Give one with the same tokenizer."
+            )
     data = task.tokenize(tokenizer, max_length=options.max_length)
 
     def quality(plan: KeepPlan) -> float:

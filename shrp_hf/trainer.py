@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from shrp_hf.checkpoints import warn_of_half_precision
 from shrp_hf.distillation import (
     hidden_states_loss,
     logits_loss,
@@ -94,6 +95,7 @@ class ShrpTrainer(FiniteTrainer):
             model_init=model_init,
             **kwargs,
         )
+        warn_of_half_precision(self.model)
         # Stock heads take `**kwargs` and ignore `num_items_in_batch`, which inflates their gradients under accumulation.
         if not getattr(self.model, "accepts_loss_kwargs", False):
             self.model_accepts_loss_kwargs = False

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrizations, prune
 from transformers import (
@@ -31,6 +31,7 @@ from shrp_hf.tasks import Task, load_fine_tuned, load_to_fine_tune
 from shrp_hf.workflow import Workflow, WorkflowOptions
 from tests.test_loading import logits_of, pruned_by_transformers_4, realigned
 from tests.tiny import same_state, tiny_bert
+from tests.tiny_training import trainer_for
 
 WEIGHTS = "model.safetensors"
 WORDS = ("good", "bad", "the", "film", "is", "very")
@@ -358,6 +359,23 @@ def test_model_with_code_of_its_own_is_refused(tmp_path):
         load_fine_tuned(folder, TASK)
 
 
+def test_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
+    get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is an adapter \(PEFT\), no whole model: merge it, by `PeftModel.from_pretrained\(base"
+    ):
+        load_for_export(str(tmp_path))
+    with pytest.raises(ValueError, match="is an adapter"):
+        load_fine_tuned(str(tmp_path), TASK)
+
+
+def test_quantised_model_is_refused(tmp_path):
+    folder = str(rewrite(saved(tmp_path), quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}))
+    for door in (lambda: load_for_export(folder), lambda: load_fine_tuned(folder, TASK)):
+        with pytest.raises(ValueError, match=r"is quantised \(`quantization_config`\): take the model that it was made from"):
+            door()
+
+
 def test_model_that_carries_our_code_is_opened(tmp_path):
     model = prune_heads(tiny_bert(num_labels=2, **LABELS), {0: [1]})
     model.save_pretrained(tmp_path, with_code=True)
@@ -401,7 +419,22 @@ def test_what_is_pruned_from_half_precision_is_written_in_float32(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_training_in_half_precision_is_said(dtype, tmp_path, caplog):
+    trainer_for(tmp_path, tiny_bert(num_labels=2, dtype=dtype))
+    assert ("The weights are float16, as their file was" in caplog.text) is (dtype == torch.float16)
+
+
 # --- tokenizers ---
+
+
+def test_teacher_of_another_vocabulary_is_refused(tmp_path):
+    model, teacher = saved(tmp_path / "model"), saved(tmp_path / "teacher")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *reversed(WORDS)]
+    (teacher / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizer(vocab=str(teacher / "vocab.txt")).save_pretrained(teacher)
+    with pytest.raises(ValueError, match=r"^`teacher` .* has another vocabulary than .*: it would teach by the tokens"):
+        prune_posthoc(str(model), TASK, tmp_path / "out", PruneOptions(keep=0.5, teacher=str(teacher), recovery_epochs=1))
 
 
 def test_missing_tokenizer_is_refused(tmp_path):

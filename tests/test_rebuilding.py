@@ -185,6 +185,20 @@ def test_a_base_model_may_have_lost_its_pooler():
     assert to_shrp(model).pooler is None
 
 
+@pytest.mark.parametrize("alter", [own_forward, activation, epsilon, added], ids=lambda value: value.__name__)
+def test_altered_model_is_masked_as_it_is(alter):
+    model = tiny_bert(dtype=torch.float64)
+    alter(model)
+    model.double()
+    with masked_heads(model, PLAN):
+        masked = logits_of(model)
+    with torch.no_grad():  # W_O without the columns of heads that go
+        for layer, heads in zip(model.bert.encoder.layer, PLAN.kept, strict=True):
+            gone = [head * 8 + i for head in range(4) if head not in heads for i in range(8)]
+            layer.attention.output.dense.weight[:, gone] = 0
+    torch.testing.assert_close(masked, logits_of(model), rtol=0, atol=1e-10)
+
+
 # --- wrapped projections ---
 
 

@@ -9,8 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
+from shrp_hf.checkpoints import open_config
 from shrp_hf.compare.cells import Settings, Worker
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import Grid, Job, ModelShape
@@ -158,7 +157,7 @@ class Comparison:
 
 def _shape_of(settings: Settings, task: Task) -> ModelShape:
     """What the checks need to know of the model; only its config is read."""
-    config: Any = AutoConfig.from_pretrained(settings.model)
+    config: Any = open_config(settings.model)
     kept, experts = getattr(config, "kept_heads", None), getattr(config, "expert_layers", ())
     if kept is not None or experts:
         raise ValueError(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
-from shrp_hf.checkpoints import open_model, open_tokenizer
+from shrp_hf.checkpoints import open_config, open_model, open_tokenizer
 from shrp_hf.families import head_layout
 from shrp_hf.files import remove_staged, writing_to
 from shrp_hf.models.rebuilding import check_plain
@@ -119,7 +119,7 @@ def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
         ValueError: The config does not name a class that Transformers can load, the head was never trained, there is no
             tokenizer beside it that suits, or see `open_model`.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = open_config(name)
     architecture = next(iter(getattr(config, "architectures", None) or [""]))
     head = architecture.partition("For")[2]
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel", None)
