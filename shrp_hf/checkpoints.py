@@ -17,7 +17,7 @@ from shrp_hf.models.safe_weights import load_safely
 
 logger = logging.getLogger(__name__)
 
-HALVES = (torch.float16, torch.bfloat16)
+HALVES = {torch.float16, torch.bfloat16}
 # What a model is called by what wraps it: DistributedDataParallel, torch.compile, FSDP, Lightning, sentence-transformers.
 _WRAPPED = re.compile(r"((?:module|_orig_mod|_fsdp_wrapped_module|model|auto_model)\.)+")
 _FAMILIES = {"bert", "roberta", "electra", "distilbert", "vit", "deberta", "mpnet"}  # what their weights begin with
@@ -32,13 +32,38 @@ _HINTS = {
 
 def warn_of_half_precision(model: torch.nn.Module) -> None:
     """Logs that a model which is about to be trained holds half precision, in which small steps of the optimizer are lost."""
-    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & set(HALVES)
-    if found:
+    if half := _halves_of(model):
         logger.warning(
             "The weights are %s, as their file was: steps of the optimizer that are too small for it are lost, and quality "
             "falls. Load the model with `dtype=torch.float32`, and train with `bf16=True` for speed.",
-            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found)),
+            " and ".join(half),
         )
+
+
+def open_config(name: str, **fields: Any) -> PreTrainedConfig:
+    """Opens the config of a model; a Shrp config where Transformers 4 pruned a stock one.
+
+    Args:
+        name: Hub id or directory.
+        **fields: Fields to change.
+
+    Raises:
+        ValueError: It asks for what Transformers 5 ignores, or for code of its own; or the model is an adapter or quantised.
+    """
+    if _file_of(name, "adapter_config.json") is not None:
+        raise ValueError(
+            f"`{name}` is an adapter (PEFT), no whole model: merge it, by `PeftModel.from_pretrained(base, {name!r})"
+            ".merge_and_unload().save_pretrained(folder)`, and give that folder."
+        )
+    config = AutoConfig.from_pretrained(name, **fields)
+    check_positions(config)
+    _check_kind(config, name)
+    if not getattr(config, "pruned_heads", None) or config.model_type not in FAMILIES:
+        return config
+    family = "roberta" if config.model_type in ("xlm-roberta", "camembert") else config.model_type
+    if family.startswith("shrp_"):
+        return config
+    return type(AutoConfig.for_model(f"shrp_{family}")).from_pretrained(name, **fields)
 
 
 def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrainedModel, list[str]]:
@@ -74,12 +99,13 @@ def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrai
     own = _encoder_names(model)
     _check_encoder(model, name, info, misshapen, own)
     untrained = sorted({*info["missing_keys"], *misshapen} - own)
-    if model.dtype in HALVES:
+    if half := _halves_of(model):
         logger.warning(
             "`%s` is saved in %s: it is opened in float32, and so is what is made of it. For a file of half the size: "
             "`model.to(torch.%s).save_pretrained(...)`.",
             name,
-            *[str(model.dtype).removeprefix("torch.")] * 2,
+            " and ".join(half),
+            half[0],
         )
         model = model.float()
     return model.eval(), untrained
@@ -131,43 +157,19 @@ def open_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def _halves_of(model: torch.nn.Module) -> list[str]:
+    """Names the half precisions among the trainable weights."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in found & HALVES)
+
+
 def _file_of(name: str, file: str) -> str | None:
     """Returns the path of a file of a model, None where there is none."""
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "gated_repo", "connection_errors")}
     return cached_file(name, file, **quiet)
 
 
-def _check_whole(name: str) -> None:
-    if _file_of(name, "adapter_config.json") is not None:
-        raise ValueError(
-            f"`{name}` is an adapter (PEFT), no whole model: merge it, by `PeftModel.from_pretrained(base, {name!r})"
-            ".merge_and_unload().save_pretrained(folder)`, and give that folder."
-        )
-
-
-def open_config(name: str, **fields: Any) -> PreTrainedConfig:
-    """Opens the config of a model; a Shrp config where Transformers 4 pruned a stock one.
-
-    Args:
-        name: Hub id or directory.
-        **fields: Fields to change.
-
-    Raises:
-        ValueError: It asks for what Transformers 5 ignores, or for code of its own; or the model is an adapter or quantised.
-    """
-    _check_whole(name)
-    config = AutoConfig.from_pretrained(name, **fields)
-    check_positions(config)
-    _check_code(config, name)
-    if not getattr(config, "pruned_heads", None) or config.model_type not in FAMILIES:
-        return config
-    family = "roberta" if config.model_type in ("xlm-roberta", "camembert") else config.model_type
-    if family.startswith("shrp_"):
-        return config
-    return type(AutoConfig.for_model(f"shrp_{family}")).from_pretrained(name, **fields)
-
-
-def _check_code(config: PreTrainedConfig, name: str) -> None:
+def _check_kind(config: PreTrainedConfig, name: str) -> None:
     """Refuses a quantised model, and one with code of its own: Transformers would open it by the stock class."""
     if getattr(config, "quantization_config", None):
         raise ValueError(

@@ -25,7 +25,7 @@ _CUT_FIRST = "is quantised: prune the model as it was before, and quantise the r
 def wrapping(module: nn.Module) -> str | None:
     """Says what keeps `module` from computing with its own weight alone, and the way out; None where nothing does."""
     own = module._parameters.keys()
-    if hasattr(module, "base_layer"):
+    if hasattr(module, "base_layer") or type(module).__module__.startswith("peft."):
         return _MERGE
     if parametrize.is_parametrized(module):
         name = next(iter(module.parametrizations))
@@ -46,7 +46,7 @@ def wrapping(module: nn.Module) -> str | None:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module holds its weight in another form than numbers in rows and columns."""
     weight, kind = module._parameters.get("weight"), type(module).__module__
-    if "quantized" in kind or kind.startswith(("bitsandbytes", "torchao")):
+    if "quantized" in kind or kind.startswith(("bitsandbytes", "torchao")) or hasattr(module, "qweight"):
         return True
     is_packed = weight is not None and (not weight.is_floating_point() or type(weight.data).__module__.startswith("torchao"))
     return isinstance(module, nn.Linear) and is_packed

@@ -28,7 +28,7 @@ def load_fine_tuned(name: str, task: Task) -> PreTrainedModel:
     if untrained:
         raise ValueError(
             f"`{name}` has no trained task head ({untrained[0]} is missing): give a model that was fine-tuned on "
-            f"{task.name!r}, or epochs to fine-tune it first (`dense_epochs`, `--dense-epochs 3`)."
+            f"{task.name!r}. `train`, `compare` and `compress` fine-tune it first by `--dense-epochs 3` (`dense_epochs`)."
         )
     check_labels(name, model.config, task)
     return to_shrp(model).eval()
