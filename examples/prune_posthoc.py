@@ -7,10 +7,11 @@ import argparse
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from shrp_hf import Budget, HiesSelector, masked_heads, prune_heads
-from shrp_hf.tasks import load_task
+from shrp_hf.checkpoints import open_tokenizer
+from shrp_hf.tasks import load_fine_tuned, load_task
 
 
 def main() -> None:
@@ -24,8 +25,8 @@ def main() -> None:
     args = parser.parse_args()
 
     task = load_task(args.dataset, args.data_dir, max_train=512)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
+    model = load_fine_tuned(args.model, task)  # refuses, by name, what was not fine-tuned on it
+    tokenizer = open_tokenizer(args.model, model)
     rows = task.tokenize(tokenizer)["train"]
     batches = DataLoader(rows, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shrp_hf.models.head_slicing import BERT_HEAD_MAP, DISTILBERT_HEAD_MAP, VIT_HEAD_MAP, HeadMap
+from shrp_hf.models.rebuilding import is_quantised
 
 FAMILIES: Mapping[str, HeadMap] = MappingProxyType(
     {
@@ -99,8 +100,8 @@ def head_layout(model: PreTrainedModel) -> HeadLayout:
     """Finds the heads of `model`.
 
     Raises:
-        ValueError: The family is not supported, the model is wrapped or a decoder, or the projections of a layer do
-            not have the number of heads that the config states.
+        ValueError: The family is not supported, the model is wrapped, quantised or a decoder, or the projections of a
+            layer do not have the number of heads that the config states.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -129,6 +130,8 @@ def head_layout(model: PreTrainedModel) -> HeadLayout:
 def _check_widths(layout: HeadLayout) -> None:
     for layer in layout.ordinary_layers:
         expected = len(layout.kept[layer]) * layout.head_size
+        if any(map(is_quantised, (*layout.projections(layer), layout.output(layer)))):
+            raise ValueError(f"Layer {layer} is quantised: score and prune the model as it was before, then quantise it.")
         widths = [module.weight.shape[0] for module in layout.projections(layer)]
         widths.append(layout.output(layer).weight.shape[1])
         if widths != [expected] * 4:

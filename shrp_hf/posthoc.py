@@ -6,25 +6,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import set_seed
 
 from shrp_hf.budget import Budget
+from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.head_stats import StatsRequest
 from shrp_hf.model_card import write_card
-from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
 from shrp_hf.recipes import Setup, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
+from shrp_hf.runs import check_output
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
-from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
+from shrp_hf.surgery import masked_heads, prune_heads
+from shrp_hf.tasks.fine_tuned import load_fine_tuned
 from shrp_hf.tasks.task import Task
 
 
@@ -121,8 +118,8 @@ def prune_posthoc(
         Path of the report.
 
     Raises:
-        ValueError: An option is out of range or does not suit the selector, a teacher would teach nothing, or a model was
-            not fine-tuned on this task.
+        ValueError: An option is out of range or does not suit the selector, a teacher would teach nothing, a model was not
+            fine-tuned on this task or does not open whole, or `output` is the model's own directory.
     """
     recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs)
     if options.teacher is not None and not (options.recovery_epochs and recipe.distils):
@@ -130,10 +127,18 @@ def prune_posthoc(
             f"`teacher` {options.teacher!r} would teach nothing: give `recovery_epochs`, and a recipe in which the model is "
             f"taught (default), got recovery_epochs={options.recovery_epochs:g} and recipe={options.recipe!r}."
         )
+    check_output(output, [model_name, options.teacher], ("checkpoints",))
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = _fine_tuned(model_name, task)
-    teacher = model if options.teacher is None else _fine_tuned(options.teacher, task)
+    model = load_fine_tuned(model_name, task)
+    tokenizer = open_tokenizer(model_name, model)
+    teacher = model
+    if options.teacher is not None:
+        teacher = load_fine_tuned(options.teacher, task)
+        if open_tokenizer(options.teacher, teacher).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`teacher` {options.teacher!r} has another vocabulary than {model_name!r}: it would teach by the tokens "
+                "of another model. Give one with the same tokenizer."
+            )
     data = task.tokenize(tokenizer, max_length=options.max_length, model=model)
 
     def quality(plan: KeepPlan) -> float:
@@ -186,16 +191,6 @@ def prune_posthoc(
     )
     write_card(output, record)
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))
-
-
-def _fine_tuned(name: str, task: Task) -> PreTrainedModel:
-    model = to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, name)).eval()
-    if model.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`{name}` predicts {model.config.num_labels} labels, but the task {task.name!r} has {task.num_labels}: "
-            "give a model that was fine-tuned on it."
-        )
-    return model
 
 
 def _report(output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str) -> Path:

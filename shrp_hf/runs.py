@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,28 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
+
+
+def check_output(output: Path, models: Iterable[str | None], writes: Iterable[str] = ()) -> None:
+    """Refuses an output directory in which a run would overwrite a model that it reads.
+
+    Args:
+        output: Where the run writes.
+        models: Hub ids or directories of what it reads; None is skipped.
+        writes: Folders that it makes in `output`.
+
+    Raises:
+        ValueError: A model's directory is `output`, or lies in one of those folders.
+    """
+    target = output.resolve()
+    for name in models:
+        folder = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().is_dir() else None
+        if folder is None:
+            continue
+        if folder == target or any(folder.is_relative_to(target / part) for part in writes):
+            raise ValueError(
+                f"`output` {str(output)!r} would overwrite the model {name!r} that it is made from: give another directory."
+            )
 
 
 def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:

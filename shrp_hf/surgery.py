@@ -19,7 +19,8 @@ from shrp_hf.models import (
     modeling_shrp_vit,
 )
 from shrp_hf.models.head_slicing import head_columns, heads_to_keep
-from shrp_hf.models.modeling_shrp import ShrpModelMixin, take_weights_
+from shrp_hf.models.modeling_shrp import ShrpModelMixin
+from shrp_hf.models.rebuilding import check_as_built, check_copyable, take_weights_
 from shrp_hf.plan import KeepPlan
 
 _SHRP_MODULES = (
@@ -37,7 +38,8 @@ def to_shrp(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the Shrp model of a stock model, sharing its weights; a Shrp model is returned as it is.
 
     Raises:
-        ValueError: There is no Shrp class for this model.
+        ValueError: There is no Shrp class for this model, or it is not what its class and config build: a class with a
+            `forward` of its own, modules exchanged or wrapped (adapters, masks of torch, quantised), another dropout.
     """
     if isinstance(model, ShrpModelMixin):
         return model
@@ -62,9 +64,11 @@ def prune_heads(model: PreTrainedModel, plan: KeepPlan | Mapping[int, list[int]]
             of an ordinary layer: its attention then adds only the bias of its output projection.
 
     Raises:
-        ValueError: See `ShrpModelMixin.prune_heads`.
+        ValueError: See `to_shrp` and `ShrpModelMixin.prune_heads`.
     """
-    pruned = copy.deepcopy(to_shrp(model))
+    shrp = to_shrp(model)
+    check_copyable(shrp)
+    pruned = copy.deepcopy(shrp)
     pruned.prune_heads(plan)
     return pruned
 
@@ -131,7 +135,8 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
             number of heads in every layer.
 
     Raises:
-        ValueError: The model has expert layers, which no stock model has, or it cannot be compact.
+        ValueError: The model has expert layers, which no stock model has, it cannot be compact, or it is not what its
+            class and config build.
     """
     if not isinstance(model, ShrpModelMixin):
         _check_family(model)
@@ -143,6 +148,7 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
             f"Layers {experts} are expert layers, which no stock model "
             "has. Ship the model with its code instead: `save_pretrained(..., with_code=True)`."
         )
+    check_as_built(model)
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
     if compact:
         _check_compact(model, kept)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from shrp_hf.card_parts import auto_class_of, license_of, loading_section
+from shrp_hf.checkpoints import warn_of_half_precision
 from shrp_hf.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
 from shrp_hf.files import writing_to, written_whole
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
@@ -94,6 +95,7 @@ class ShrpTrainer(FiniteTrainer):
             model_init=model_init,
             **kwargs,
         )
+        warn_of_half_precision(self.model)
         # Stock heads take `**kwargs` and ignore `num_items_in_batch`, which inflates their gradients under accumulation.
         if not getattr(self.model, "accepts_loss_kwargs", False):
             self.model_accepts_loss_kwargs = False

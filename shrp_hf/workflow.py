@@ -5,23 +5,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.model_card import write_card
-from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plots import plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.record import Rows, RunRecord, expert_choice, origin
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
-from shrp_hf.runs import check_reopened, claim, kept_model
-from shrp_hf.surgery import to_shrp
+from shrp_hf.runs import check_output, check_reopened, claim, kept_model
+from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task
 from shrp_hf.usage import usage_table
 
@@ -66,7 +59,8 @@ class Workflow:
         options: How to train.
 
     Raises:
-        ValueError: The directory holds a run with other options.
+        ValueError: The directory holds a run with other options, or the model itself; or the model does not open whole (see
+            `open_model`), or is not fine-tuned on the task where `dense_epochs` is 0.
     """
 
     def __init__(self, model_name: str, task: Task, output: Path, options: WorkflowOptions) -> None:
@@ -74,9 +68,12 @@ class Workflow:
         self.task = task
         self.output = output
         self.options = options
+        check_output(output, [model_name], ("dense", "routed", "converted", "static", "checkpoints"))
+        set_seed(options.seed)
+        self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
+        self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
         claim(output, {"model": model_name, **task.identity, **asdict(options)})
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
-        self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=AutoConfig.from_pretrained(model_name))
+        self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
             self.data,
             self.tokenizer,
@@ -105,10 +102,7 @@ class Workflow:
 
     def _train_dense(self) -> PreTrainedModel:
         options = self.options
-        set_seed(options.seed)
-        stock = load_safely(AutoModelForSequenceClassification.from_pretrained, self.model_name, **self.task.config_kwargs)
-        model = to_shrp(stock)
-        return fine_tune(model, self.setup, options.dense_epochs, options.dense_learning_rate, name="dense")
+        return fine_tune(self.source, self.setup, options.dense_epochs, options.dense_learning_rate, name="dense")
 
     def _convert(self, dense: PreTrainedModel, name: str) -> PreTrainedModel:
         options, total = self.options, dense.config.num_hidden_layers

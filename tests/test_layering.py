@@ -16,7 +16,7 @@ ROWS = (
     ("models", "environment"),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
-    ("selectors",),
+    ("selectors", "checkpoints"),
     ("tasks", "distillation", "sampling", "routing_log"),
     ("trainer", "dsp", "onnx_export"),
     ("recipes",),

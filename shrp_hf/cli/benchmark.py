@@ -42,9 +42,11 @@ def benchmark(
     """
     from shrp_hf.environment import command_line, environment
     from shrp_hf.onnx_export import load_for_export
+    from shrp_hf.runs import check_output
     from shrp_hf.serving import ServingOptions, measure_serving, write_serving
 
     if output is not None:
+        check_output(output, models)
         output.mkdir(parents=True, exist_ok=True)  # what cannot be written there is known before hours of measuring
     lines: tuple[str, ...] = ()
     if texts is not None:

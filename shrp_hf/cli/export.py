@@ -47,6 +47,7 @@ def export(
     import json
 
     from shrp_hf.onnx_export import export_onnx, load_for_export
+    from shrp_hf.runs import check_output
     from shrp_hf.tasks import Reading
 
     if dataset is not None and texts is not None:
@@ -56,6 +57,7 @@ def export(
     for name, value in given.items():
         if value is not None and dataset is None:
             raise ValueError(f"`--{name} {value}` belongs to `--dataset`, which is missing.")
+    check_output(output, [model])
     rows: list | None = None
     if texts is not None:
         rows = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]

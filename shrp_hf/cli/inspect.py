@@ -11,13 +11,11 @@ def inspect(model: ModelArgument) -> None:
 
     Example: `shrp-hf inspect out/demo/static`
     """
-    from transformers import AutoModel
-
     from shrp_hf.benchmark import count_parameters
-    from shrp_hf.models.safe_weights import load_safely
+    from shrp_hf.checkpoints import open_model
     from shrp_hf.surgery import to_shrp
 
-    loaded = to_shrp(load_safely(AutoModel.from_pretrained, model))
+    loaded = to_shrp(open_model(model)[0])
     config = loaded.config
     table = Table(title=f"{model} ({config.model_type})")
     for column in ("layer", "kind", "kept", "heads or experts", "usage (sequences per expert)"):

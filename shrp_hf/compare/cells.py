@@ -13,9 +13,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
@@ -23,19 +21,20 @@ from transformers import (
 from shrp_hf._version import __version__
 from shrp_hf.benchmark import count_flops, count_parameters
 from shrp_hf.budget import Budget
+from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.compare.architectures import first_layers
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.lengths import num_positions
-from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
-from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
+from shrp_hf.surgery import masked_heads, prune_heads
 from shrp_hf.tasks.baseline import baseline_of
+from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task, for_json
 from shrp_hf.trainer import ShrpTrainer
@@ -102,15 +101,18 @@ class Worker:
         settings: What holds for every cell.
         task: What the model does.
         output: The directory.
+
+    Raises:
+        ValueError: The model does not open whole, or is not fine-tuned on the task where `dense_epochs` is 0.
     """
 
     def __init__(self, settings: Settings, task: Task, output: Path) -> None:
         self.settings = settings
         self.task = task
         self.output = output
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        config = AutoConfig.from_pretrained(settings.model)
-        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length, model=config)
+        opened = (load_to_fine_tune if settings.dense_epochs else load_fine_tuned)(settings.model, task)
+        self.tokenizer = open_tokenizer(settings.model, opened)
+        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length, model=opened)
         self.task_identity = task.identity
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
@@ -154,10 +156,9 @@ class Worker:
         settings = self.settings
         examples = 0
         if settings.dense_epochs:
-            auto = AutoModelForSequenceClassification.from_pretrained
-            model = load_safely(auto, settings.model, **self.task.config_kwargs)
             setup = self._setup(job)
-            model = fine_tune(to_shrp(model), setup, settings.dense_epochs, settings.dense_learning_rate, name=job.key)
+            model = load_to_fine_tune(settings.model, self.task)
+            model = fine_tune(model, setup, settings.dense_epochs, settings.dense_learning_rate, name=job.key)
             examples = self._num_examples(setup, settings.dense_epochs)
             self._save(model, job.key)
         model = self._dense(job.seed)
@@ -312,7 +313,7 @@ class Worker:
         """The dense model of a seed, read anew for each job: a trainer freezes the teacher that it is given."""
         if self.settings.dense_epochs:
             return self._saved(f"dense-seed{seed}")
-        return to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, self.settings.model)).eval()
+        return load_fine_tuned(self.settings.model, self.task)
 
     def _logits(self, model: PreTrainedModel, split: str) -> transformers.EvalPrediction:
         return predict_on(model, self.data[split], self.tokenizer)

@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
+from shrp_hf.checkpoints import open_config
 from shrp_hf.compare.cells import Settings, Worker
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import Grid, Job, ModelShape
 from shrp_hf.report import write_text
+from shrp_hf.runs import check_output
 from shrp_hf.tasks.baseline import check_learned
 from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task
@@ -36,13 +36,14 @@ class Comparison:
         force: Go on with a dense model that is no better than the majority class.
 
     Raises:
-        ValueError: The grid or the model does not suit, or the directory holds cells of other settings.
+        ValueError: The grid or the model does not suit, the directory holds cells of other settings, or it is the model's.
     """
 
     def __init__(
         self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path, force: bool = False
     ) -> None:
         grids = [grids] if isinstance(grids, Grid) else grids
+        check_output(output, [settings.model], ("models", "checkpoints"))
         shape = _shape_of(settings, task)
         for grid in grids:
             grid.check(shape, settings.min_heads_per_layer)
@@ -178,16 +179,11 @@ class Comparison:
 
 def _shape_of(settings: Settings, task: Task) -> ModelShape:
     """What the checks need to know of the model; only its config is read."""
-    config: Any = AutoConfig.from_pretrained(settings.model)
+    config: Any = open_config(settings.model)
     kept, experts = getattr(config, "kept_heads", None), getattr(config, "expert_layers", ())
     if kept is not None or experts:
         raise ValueError(
             f"`model` {settings.model!r} has pruned heads or expert layers already: compare from the dense model it came from."
-        )
-    if not settings.dense_epochs and config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`model` {settings.model!r} predicts {config.num_labels} labels, but the task {task.name!r} has "
-            f"{task.num_labels}: give a model that was fine-tuned on it, or `dense_epochs` to fine-tune it."
         )
     family = config.model_type.removeprefix("shrp_")
     converts = family in ("bert", "roberta", "xlm-roberta", "camembert")

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from shrp_hf.benchmark import Progress, measure_throughput
+from shrp_hf.checkpoints import open_model
 from shrp_hf.compare.architectures import Shape, empty_model
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.tables import Cell, Timings, group_of
 from shrp_hf.lengths import num_positions
-from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.report import BENCHMARK_SHAPE, write_text
 from shrp_hf.surgery import to_shrp
 
@@ -60,7 +60,7 @@ def _dense(output: Path, cells: Sequence[Cell]) -> PreTrainedModel:
     dense = next(cell for cell in cells if cell["method"] == "dense")
     folder = output / "models" / dense["key"]
     source = folder if folder.exists() else dense["settings"]["model"]
-    return to_shrp(load_safely(AutoModelForSequenceClassification.from_pretrained, source))
+    return to_shrp(open_model(str(source), AutoModelForSequenceClassification)[0])
 
 
 def _full(dense: PreTrainedModel) -> list[range]:

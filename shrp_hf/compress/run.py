@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from shrp_hf.benchmark import Timing, measure_throughput
+from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.compress.candidates import (
     DENSE,
     Candidate,
@@ -35,12 +35,11 @@ from shrp_hf.compress.search import Trial, best, check_reachable, search, share_
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
 from shrp_hf.lengths import fitting_length
-from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
-from shrp_hf.runs import check_reopened, claim, kept_model
-from shrp_hf.surgery import to_shrp
+from shrp_hf.runs import check_output, check_reopened, claim, kept_model
 from shrp_hf.tasks.baseline import check_learned
+from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task, for_json, shown
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,8 @@ class Compression:
         predict: Predicts rows; stands in for `predict_on` in tests.
 
     Raises:
-        ValueError: The model is not fine-tuned on this task, its family has no expert layers, it is already converted or
-            pruned, or the directory holds another run.
+        ValueError: The model is not fine-tuned on this task or does not open whole, its family has no expert layers, it is
+            already converted or pruned, or the directory holds another run, or the model itself.
     """
 
     def __init__(
@@ -81,14 +80,15 @@ class Compression:
     ) -> None:
         self.model_name, self.task, self.output, self.options = model_name, task, output, options
         self.measure, self.predict = measure, predict
+        check_output(output, [model_name], ("model", "dense", "routed", "converted", "trials", "checkpoints"))
         set_seed(options.seed)
-        self.source = load_source(model_name, task, fine_tuned=not options.dense_epochs)
+        self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
         batch_size, length = options.shape
         options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
         self.options = options
         self.choices = candidates(self.source.config, options.experts)
         untrained(self.source, self.choices[0])  # refuses, by name, what cannot be converted
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
+        self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
         claim(output, {"model": model_name, **task.identity, **options.identity})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
@@ -234,40 +234,3 @@ class Compression:
             stored[key] = make()
             write_text(path, json.dumps(stored) + "\n")
         return stored[key]
-
-
-def load_source(model_name: str, task: Task, fine_tuned: bool) -> PreTrainedModel:
-    """Loads the model to compress, as a Shrp model.
-
-    Args:
-        model_name: Hub id or directory.
-        task: The task that its labels must fit.
-        fine_tuned: Whether it must have a trained head for the task; otherwise it gets a new one where it has none.
-
-    Raises:
-        ValueError: It has no trained head, or one with other labels or in another order; or its family is not supported.
-    """
-    load = AutoModelForSequenceClassification.from_pretrained
-    if not fine_tuned:
-        return to_shrp(load_safely(load, model_name, **task.config_kwargs)).eval()
-    model, info = load_safely(load, model_name, output_loading_info=True)
-    missing = [key for key in sorted(info["missing_keys"]) if not key.startswith(f"{model.base_model_prefix}.")]
-    if missing:
-        raise ValueError(
-            f"`{model_name}` has no trained task head ({missing[0]} is missing): give a model that was fine-tuned on "
-            f"{task.name!r}, or epochs to fine-tune it first (`dense_epochs`, `--dense-epochs 3`)."
-        )
-    config = model.config
-    if config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`{model_name}` predicts {config.num_labels} labels, but the task {task.name!r} has {task.num_labels}: give a "
-            "model that was fine-tuned on it."
-        )
-    theirs = [str(config.id2label[i]).casefold() for i in range(config.num_labels)]
-    ours = [name.casefold() for name in task.label_names]
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(
-            f"`{model_name}` numbers its labels {theirs}, but the task {task.name!r} numbers them {ours}: every prediction "
-            "would be taken for another. Reorder the rows of its classifier, or fine-tune it on this task."
-        )
-    return to_shrp(model).eval()

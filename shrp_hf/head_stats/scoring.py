@@ -13,6 +13,7 @@ from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.head_stats.progress import Progress
 from shrp_hf.head_stats.recorder import HeadRecorder
 from shrp_hf.head_stats.stats import HeadStats, StatsRequest
+from shrp_hf.models.rebuilding import check_plain
 from shrp_hf.numerics import origin_of
 
 
@@ -77,8 +78,12 @@ def weight_magnitude(model: PreTrainedModel) -> torch.Tensor:
     """L2 norm of a head's weights (rows of query, key and value, columns of the output), shape (layers, heads).
 
     NaN where a layer has no such head.
+
+    Raises:
+        ValueError: A projection is wrapped, so its weight is not all that it computes with.
     """
     layout = head_layout(model)
+    check_plain({i: layout.layers[i] for i in layout.ordinary_layers}, layout.head_map)
     stats = HeadStats.empty(StatsRequest(), scored_heads(layout), layout.num_heads)
     squares = []
     for layer in layout.ordinary_layers:

@@ -153,6 +153,7 @@ class ShrpConfigFields:
             ValueError: Names the field, its value and the way out.
         """
         _check_version(self.format_version)
+        check_positions(self)
         self._check_sizes()
         weights = getattr(self, "transformers_weights", None)
         if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
@@ -225,6 +226,23 @@ class ShrpConfigFields:
                 )
             if layer in self.expert_layers and not heads:
                 raise ValueError(f"`kept_heads[{layer}]` is empty, but expert layer {layer} needs at least one expert.")
+
+
+def check_positions(config: Any) -> None:
+    """Refuses relative positions, which Transformers 5 reads in a config and then computes without.
+
+    Args:
+        config: A stock or Shrp config.
+
+    Raises:
+        ValueError: It asks for them.
+    """
+    kind = getattr(config, "position_embedding_type", None)
+    if kind not in (None, "absolute"):
+        raise ValueError(
+            f"`position_embedding_type={kind!r}` is not supported: Transformers 5 computes with absolute positions all the "
+            "same, so nothing would be as it was trained. Train a model with absolute positions, or stay with transformers 4."
+        )
 
 
 def _check_version(version: Any) -> None:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
 from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
+from .rebuilding import check_as_built, check_plain, take_weights_
 from .safe_weights import SafeWeightsMixin
 from .saving import SavingMixin
 
@@ -76,9 +77,10 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
 
         Raises:
             ValueError: A layer is out of range, already an expert layer, or has lost heads; the family has no expert
-                layers; or the weights are spread over several devices.
+                layers; a projection is wrapped; or the weights are spread over several devices.
         """
         layers = self._layers_to_convert(layers)
+        check_plain({i: self.layers[i] for i in layers}, self.head_map)
         for i in layers:
             if not pending:
                 self.config.expert_layers = sorted([*self.config.expert_layers, i])
@@ -168,15 +170,9 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
 
         Raises:
             ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
-                expert layer without experts, the conversion has not finished, or an adapter is around a projection. The
-                model is as it was.
+                expert layer without experts, the conversion has not finished, or a projection that would be cut is wrapped
+                (adapted, parametrized, masked or quantised). The model is as it was.
         """
-        for i, layer in enumerate(self.layers):
-            for name, module in layer.named_modules():
-                if hasattr(module, "base_layer"):  # PEFT's
-                    raise ValueError(
-                        f"`layer.{i}.{name}` is wrapped in an adapter, which cutting would lose: `merge_and_unload()` first."
-                    )
         if self.config.pending_layers:
             raise ValueError(
                 f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
@@ -185,6 +181,7 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
         config, by_plan = self.config, not isinstance(plan, Mapping)
         present = [config.heads_of(i) for i in range(config.num_hidden_layers)]
         target = heads_to_keep(plan, present, config.num_attention_heads, config.expert_layers)
+        check_plain({i: self.layers[i] for i in range(len(target)) if target[i] != present[i]}, self.head_map)
         for i, layer in enumerate(self.layers):
             positions = [present[i].index(head) for head in target[i]]
             if isinstance(layer, ExpertLayer):
@@ -210,11 +207,12 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
         """Wraps a stock model of this family; the weights are shared, not copied.
 
         Raises:
-            ValueError: The model is of another family.
+            ValueError: The model is of another family, or not what its class and config build (`check_as_built`).
         """
         found = model.config.model_type
         if found not in cls.config_class.stock_model_types:
             raise ValueError(f"`{type(model).__name__}` is of the family `{found}`, which {cls.__name__} does not extend.")
+        check_as_built(model, extended=cls)
         fields = cls.config_class.adopt(model.config.to_dict(), type(model).__name__)
         # Transformers 5 ignores this field: the weights of a stock model are whole.
         config = cls.config_class.from_dict({**fields, "pruned_heads": None})
@@ -329,15 +327,6 @@ def auto_map(family: str, *heads: str) -> dict[str, str]:
     return {"AutoConfig": f"{config}Config", "AutoModel": f"{model}Model"} | classes
 
 
-def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Gives `target` the parameters in `weights`, not copied, and the buffers of `source`."""
-    for name, parameter in target.named_parameters(remove_duplicate=False):
-        if name in weights:  # `assign=True` writes this flag into what it is given, and would thaw frozen weights
-            parameter.requires_grad_(weights[name].requires_grad)
-    target.load_state_dict(weights, assign=True)
-    for name, buffer in source.named_buffers():  # those that no state dict holds would stay where they were built
-        owner, _, attribute = name.rpartition(".")
-        target.get_submodule(owner)._buffers[attribute] = buffer
 
 
 def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:

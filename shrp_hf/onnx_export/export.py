@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
+from shrp_hf.checkpoints import open_config, open_model, open_tokenizer
+from shrp_hf.families import head_layout
 from shrp_hf.files import remove_staged, writing_to
-from shrp_hf.models.safe_weights import load_safely
+from shrp_hf.models.rebuilding import check_plain
 from shrp_hf.onnx_export.check import (
     Arrays,
     Text,
@@ -67,7 +69,7 @@ def export_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed, or torch is older than 2.11.
-        ValueError: An argument is wrong, or the model is of another family, unfinished, or too large for one file.
+        ValueError: An argument is wrong, or the model is of another family, wrapped, unfinished, or too large for one file.
         RuntimeError: The file does not say what PyTorch says.
     """
     _check_environment()
@@ -107,29 +109,40 @@ def export_onnx(
 
 
 def load_for_export(name: str) -> tuple[PreTrainedModel, Any]:
-    """Loads a model with the task head that it was saved with, and its tokenizer or image processor.
+    """Opens a model with the task head that it was saved with, and its tokenizer or image processor.
+
+    A base model whose files hold no pooler is opened without one.
 
     Args:
         name: Hub id or directory.
 
     Raises:
-        ValueError: The config does not name a class that Transformers can load, or there is no tokenizer beside it.
+        ValueError: The config does not name a class that Transformers can load, the head was never trained, there is no
+            tokenizer beside it that suits, or see `open_model`.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = open_config(name)
     architecture = next(iter(getattr(config, "architectures", None) or [""]))
     head = architecture.partition("For")[2]
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel", None)
     if auto is None or not architecture:
         raise ValueError(f"`{name}` names the class {architecture!r} in its config, for which there is no Auto class.")
     reads_images = head == "ImageClassification" or "vit" in config.model_type
-    try:
-        processor = (AutoImageProcessor if reads_images else AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError) as error:
-        missing = "image processor" if reads_images else "tokenizer"
+    model, untrained = open_model(name, auto)
+    if not head and untrained and all(key.startswith("pooler.") for key in untrained):
+        model.pooler, untrained = None, []
+    if untrained:
         raise ValueError(
-            f"`{name}` holds no {missing} that loads: save the model's own into it by `save_pretrained`."
+            f"`{name}` has no trained head ({untrained[0]} is missing), and would answer at random: fine-tune it first, or "
+            "save the base model alone (`model.base_model.save_pretrained`)."
+        )
+    if not reads_images:
+        return model, open_tokenizer(name, model)
+    try:
+        return model, AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` holds no image processor that loads: save the model's own into it by `save_pretrained`."
         ) from error
-    return load_safely(auto.from_pretrained, name), processor
 
 
 def _check_environment() -> None:
@@ -185,9 +198,8 @@ def _check_size(model: PreTrainedModel) -> None:
 
 def _output_names(model: PreTrainedModel) -> list[str]:
     """Reads from a tiny run which of the known outputs this model has."""
-    from shrp_hf.families import head_layout
-
-    head_layout(model)  # refuses other families by name
+    layout = head_layout(model)  # refuses other families by name
+    check_plain({i: layout.layers[i] for i in layout.ordinary_layers}, layout.head_map)
     pending = getattr(model.config, "pending_layers", None)
     if pending:
         raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")

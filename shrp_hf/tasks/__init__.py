@@ -2,6 +2,7 @@
 
 from shrp_hf.tasks.baseline import Baseline, baseline_of, check_learned
 from shrp_hf.tasks.columns import Reading
+from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.kinds import KINDS, Kind
 from shrp_hf.tasks.labels import label_names_of
 from shrp_hf.tasks.loading import load_task
@@ -18,5 +19,7 @@ __all__ = [
     "baseline_of",
     "check_learned",
     "label_names_of",
+    "load_fine_tuned",
     "load_task",
+    "load_to_fine_tune",
 ]
