@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    TrainerCallback,
     set_seed,
 )
 
@@ -107,6 +108,7 @@ def prune_posthoc(
     output: Path,
     options: PruneOptions,
     say: Callable[[str], None] = lambda text: None,
+    bar: TrainerCallback | None = None,
 ) -> Path:
     """Prunes a fine-tuned classifier or regressor and writes the smaller model, its plan, a report and pictures.
 
@@ -116,6 +118,7 @@ def prune_posthoc(
         output: Directory for the model, `plan.json`, `scores.safetensors`, `report.md`, `heads.png`.
         options: How.
         say: Called with a line when a step begins.
+        bar: Shows how far the recovery is, in place of what `Trainer` prints.
 
     Returns:
         Path of the report.
@@ -160,6 +163,7 @@ def prune_posthoc(
             batch_size=options.batch_size,
             bf16=options.bf16,
             resumable=False,
+            bar=bar,
         )
         pruned = recover(pruned, teacher, setup, recipe)
     tokenizer.save_pretrained(output)

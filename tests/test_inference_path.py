@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from shrp_hf.benchmark import random_inputs
-from shrp_hf.models import expert_layer
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
 from shrp_hf.plan import KeepPlan
 from shrp_hf.surgery import prune_heads, to_shrp
@@ -131,50 +130,3 @@ def test_flash_attention_is_reached_through_transformers_interface(monkeypatch):
         model.config._attn_implementation = "flash_attention_2"
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-6)
     assert scalings == [8**-0.5] * 3
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("keep", [1, 2])
-def test_what_is_overwritten_without_gradients_changes_no_bit(keep, autocast, monkeypatch):
-    """Expert layers then overwrite what only they hold; hidden states that a caller asks for are not among it."""
-    model, inputs = static(keep), batch()
-    outputs, overwritten = {}, []
-    gelu = torch.nn.functional.gelu
-    monkeypatch.setattr(torch.nn.functional, "gelu", lambda *args, **kw: overwritten.append("out" in kw) or gelu(*args, **kw))
-    for gradients in (True, False):
-        overwritten.clear()
-        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            outputs[gradients] = model(**inputs, output_hidden_states=True)
-        assert sum(overwritten) == (0 if gradients else 2)  # two expert layers
-    assert torch.equal(outputs[True].logits, outputs[False].logits)
-    for ours, theirs in zip(outputs[True].hidden_states, outputs[False].hidden_states, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_large_batches_are_projected_at_once(keep, monkeypatch):
-    model, inputs = static(keep), batch(size=60, length=9)
-    joined = []
-    cat = torch.cat
-    with torch.no_grad():
-        with monkeypatch.context() as patch:
-            patch.setattr(expert_layer, "JOINED_FROM", 10_000)
-            expected = model(**inputs).logits
-        monkeypatch.setattr(torch, "cat", lambda tensors, *args, **kw: joined.append(0) or cat(tensors, *args, **kw))
-        assert torch.allclose(model(**inputs).logits, expected, atol=1e-6)
-        assert len(joined) == 4  # weight and bias of two expert layers
-        model.layers[1].attention.self.key.register_forward_hook(lambda module, args, output: output * 2)
-        assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)  # a hook is not passed over
-
-
-@pytest.mark.parametrize("name", ["dense", "activation", "LayerNorm", ""])
-def test_what_a_hook_keeps_is_not_overwritten(name):
-    model, inputs = static(), batch()
-    kept = []
-    model.layers[1].expander.get_submodule(name).register_forward_hook(lambda module, args, output: kept.append(output))
-    with torch.no_grad():
-        model(**inputs)
-    model(**inputs)
-    assert len(kept) == 2
-    assert torch.equal(*kept)

@@ -28,6 +28,9 @@ EXPERT_SELECTOR_HELP = (
     "model, without routers); default: the recipe's."
 )
 ExpertSelectorOption = Annotated[str | None, typer.Option(help=EXPERT_SELECTOR_HELP)]
+NOT_MET = 3
+NOT_VERIFIED = 4
+"""Exit codes of a command that has written all it was to write: a target is missed; the result is not what was trained."""
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
@@ -47,6 +50,13 @@ def list_option(parse: Callable[[str], Any], help: str, meaning: str = "") -> An
             raise typer.BadParameter(f"{text!r} is no list of {meaning or 'numbers'} separated by commas") from error
 
     return typer.Option(parser=parse_all, help=help, metavar="LIST")
+
+
+def leave(problem: str, code: int = NOT_VERIFIED) -> None:
+    """Ends the command with `code` after an error line, where there is a problem; what was written stays."""
+    if problem:
+        Console(stderr=True).print("[red]Error:[/]", problem, highlight=False, soft_wrap=True)
+        raise typer.Exit(code)
 
 
 @app.callback()

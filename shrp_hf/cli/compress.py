@@ -6,6 +6,7 @@ import typer
 from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
+    NOT_MET,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
@@ -15,9 +16,8 @@ from shrp_hf.cli.app import (
     SeedOption,
     app,
     console,
+    leave,
 )
-
-NOT_MET = 3
 
 
 @app.command()
@@ -54,10 +54,11 @@ def compress(
     and `compress.json`. Started again, with the same or other targets, it trains nothing twice.
 
     Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
-    what it reaches. 1: an error.
+    what it reaches. 4: the written model does not give the same outputs in a new process. 1: an error.
 
     Example: `shrp-hf compress out/demo/dense --dataset docstrings --speedup 4 --output out/fast`
     """
+    from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.compress import Compression, CompressOptions, Targets
     from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks.loading import load_task
@@ -83,10 +84,12 @@ def compress(
         seed=seed,
     )
     task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
-    compression = Compression(model, task, output, options)
-    verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
+    with one_bar_each(console) as bar:
+        compression = Compression(model, task, output, options, bar=bar)
+        verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
     console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
     console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")
+    leave(verdict.problem)
     if not verdict.met:
         raise typer.Exit(NOT_MET)
 

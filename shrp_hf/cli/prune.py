@@ -40,6 +40,7 @@ def prune(
 
     Example: `shrp-hf prune out/demo/dense --dataset docstrings --selector hies --keep 0.5 --output out/half`
     """
+    from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.posthoc import PruneOptions, prune_posthoc
     from shrp_hf.tasks.loading import load_task
 
@@ -63,6 +64,7 @@ def prune(
         seed=seed,
     )
     task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
-    report = prune_posthoc(model, task, output, prune_options, say=lambda text: console.rule(text))
+    with one_bar_each(console) as bar:
+        report = prune_posthoc(model, task, output, prune_options, say=lambda text: console.rule(text), bar=bar)
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"Written to {output}: the model, plan.json, report.md and pictures.")

@@ -15,6 +15,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     set_seed,
 )
 
@@ -36,7 +37,7 @@ from shrp_hf.environment import environment
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
-from shrp_hf.runs import check_reopened, claim, kept_model
+from shrp_hf.runs import claim, kept_model, problem_when_reopened
 from shrp_hf.surgery import to_shrp
 from shrp_hf.tasks.task import Task
 
@@ -60,6 +61,7 @@ class Compression:
         options: The targets, and how to train.
         measure: Times models; stands in for `measure_throughput` in tests.
         predict: Predicts rows; stands in for `predict_on` in tests.
+        bar: Shows how far each training is, in place of what `Trainer` prints.
 
     Raises:
         ValueError: The model is not fine-tuned on this task, its family has no expert layers, it is already converted or
@@ -75,6 +77,7 @@ class Compression:
         *,
         measure: Measure = measure_throughput,
         predict: Predict = predict_on,
+        bar: TrainerCallback | None = None,
     ) -> None:
         self.model_name, self.task, self.output, self.options = model_name, task, output, options
         self.measure, self.predict = measure, predict
@@ -93,6 +96,7 @@ class Compression:
             seed=options.seed,
             batch_size=options.batch_size,
             examples_per_epoch=options.examples_per_epoch,
+            bar=bar,
         )
 
     def run(self, say: Say = logger.info, show: Say = logger.info) -> Verdict:
@@ -132,9 +136,9 @@ class Compression:
         result = self._load(self.output / "trials" / chosen.candidate.name)
         self.tokenizer.save_pretrained(self.output / "model")
         result.save_pretrained(self.output / "model", with_code=True)
-        check_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
+        problem = problem_when_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
         say("5/5 verifying on the reported rows")
-        verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen)
+        verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen, problem)
         models = {DENSE: self.dense(), chosen.candidate.name: result}
         predictions = {name: self.predict(model, self.data["test"], self.tokenizer) for name, model in models.items()}
         write_verdict(verdict, self.task, self.output, models, predictions, self._timings(chosen.candidate))
