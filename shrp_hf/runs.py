@@ -56,9 +56,7 @@ def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
 
-def problem_when_reopened(
-    folder: Path, model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> str:
+def problem_when_reopened(folder: Path, model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """Opens the model in `folder` in a new process without importing shrp_hf, and compares the outputs with `model`'s.
 
     Nothing is raised: hours of training lie behind what is checked, so the caller reports what was found and keeps the rest.
