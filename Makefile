@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest audit docs benchmark clean
+.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest test-processors audit docs benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -35,6 +35,10 @@ test-floor:  # the fast tests with the oldest releases that setup.cfg allows
 
 test-newest:  # the fast tests with the newest releases that the index offers
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+test-processors: $(VENV)/.installed-test  # the fast tests as other processors, and the newest torch, would run them
+	$(MAKE) .venv-newest/.installed-test VENV=.venv-newest CONSTRAINTS=/dev/null
+	$(BIN)/python -m tests.processors --workers $(PYTEST_WORKERS) --newest .venv-newest/bin/python
 
 audit: $(VENV)/.installed-test
 	$(BIN)/python -m pip check

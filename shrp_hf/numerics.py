@@ -1,4 +1,4 @@
-"""Where NaN and infinity come from, and training that stops at the first."""
+"""What rounding may change, where NaN and infinity come from, and training that stops at the first."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -7,6 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+
+ROUNDINGS = 1024
+"""Roundings of its largest value that an encoder's output may be off, whatever the processor: a sum of n products is off by at
+most n of them in any order, by some sqrt(n) as a rule, n is 3,072 at BERT-base, and a dozen layers add theirs."""
+
+
+def rounding_bound(scale: float, dtype: torch.dtype, roundings: int = ROUNDINGS) -> float:
+    """Most that outputs computed in `dtype` may be away from the same ones computed in float64, on any processor.
+
+    A head, a neuron or a mask that is wrong changes far more.
+
+    Args:
+        scale: Largest absolute value of the outputs in float64; counts as at least 1.
+        dtype: What was computed in.
+        roundings: How many, each `torch.finfo(dtype).eps` of the scale; by default 1.2e-4 of it for float32.
+    """
+    return roundings * torch.finfo(dtype).eps * max(1.0, scale)
 
 
 class FiniteTrainer(Trainer):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from shrp_hf.budget import Budget
 from shrp_hf.checkpoints import open_tokenizer
@@ -104,6 +104,7 @@ def prune_posthoc(
     output: Path,
     options: PruneOptions,
     say: Callable[[str], None] = lambda text: None,
+    bar: TrainerCallback | None = None,
 ) -> Path:
     """Prunes a fine-tuned classifier or regressor and writes the smaller model, its plan, a report and pictures.
 
@@ -113,6 +114,7 @@ def prune_posthoc(
         output: Directory for the model, `plan.json`, `scores.safetensors`, `report.md`, `heads.png`.
         options: How.
         say: Called with a line when a step begins.
+        bar: Shows how far the recovery is, in place of what `Trainer` prints.
 
     Returns:
         Path of the report.
@@ -165,6 +167,7 @@ def prune_posthoc(
             batch_size=options.batch_size,
             bf16=options.bf16,
             resumable=False,
+            bar=bar,
         )
         pruned = recover(pruned, teacher, setup, recipe)
     tokenizer.save_pretrained(output)

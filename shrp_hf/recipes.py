@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
@@ -131,6 +131,7 @@ class Setup:
             all of it. A conversion sees 5% fewer, which `ShrpTrainer` sets aside.
         bf16: Train in bfloat16 autocast.
         resumable: Save a checkpoint an epoch, and take the last one up.
+        bar: Shows how far a training is, in place of what `Trainer` prints.
     """
 
     data: DatasetDict
@@ -141,6 +142,7 @@ class Setup:
     examples_per_epoch: int | None = None
     bf16: bool = False
     resumable: bool = True
+    bar: TrainerCallback | None = None
 
     @property
     def epoch(self) -> float:
@@ -307,9 +309,14 @@ def without_routers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
 def _trainer(
     model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | None
 ) -> ShrpTrainer:
-    return ShrpTrainer(
+    trainer = ShrpTrainer(
         to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
     )
+    if setup.bar is not None:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(setup.bar)
+    return trainer
 
 
 def _distillation(recipe: Recipe) -> dict[str, float]:

@@ -81,7 +81,7 @@ def _quick(request, monkeypatch):
     """Opens the result in a new process in one test only, and draws few resamples: both cost seconds."""
     monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 50)
     if "loads" not in request.node.name:
-        monkeypatch.setattr(compress_run, "check_reopened", lambda *args: None)
+        monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
 
 
 @pytest.fixture

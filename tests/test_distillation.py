@@ -31,6 +31,14 @@ from shrp_hf.training_args import ShrpTrainingArguments
 from tests.tiny import NO_DROPOUT, SIZES, batch, randomize_, tiny_bert, tiny_routed
 
 
+@pytest.fixture(autouse=True)
+def _in_double():
+    """What is drawn or written here is float64; models have a type of their own."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_logits_loss_by_hand(temperature):
     student, teacher = [0.5, -1.0, 2.0], [1.0, 0.0, -0.5]

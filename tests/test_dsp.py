@@ -398,7 +398,8 @@ class TestRecovery:
 
     def test_brings_a_pruned_model_back(self, tmp_path):
         torch.manual_seed(0)
-        model = tiny_bert(num_labels=2, **NO_DROPOUT)
+        # In float64 and without dropout the rounding of no kernel shows, so the loss falls alike everywhere.
+        model = tiny_bert(num_labels=2, dtype=torch.float64, **NO_DROPOUT)
         pruned = prune_heads(model, KeepPlan(kept=((0,), (1, 2), (3,)), num_heads=4))
         args = arguments(tmp_path, recovery_arguments, max_steps=-1, num_train_epochs=3, learning_rate=2e-3)
         trainer = ShrpTrainer(pruned, args, train_dataset=examples(64), eval_dataset=examples(64))

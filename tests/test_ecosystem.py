@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from shrp_hf import KeepPlan, ShrpBertModel, masked_heads, prune_heads, to_shrp
 from tests.test_pipelines import NOT_INSTALLED, TEXTS, tokenizer_for
-from tests.tiny import batch, force_experts_, tiny_bert, tiny_routed
+from tests.tiny import assert_near, batch, force_experts_, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)
 HEADS = KeepPlan(((0, 3), (), (1,)), 4)
@@ -44,12 +44,12 @@ def test_lora_with_default_targets_is_merged_saved_and_loaded_equal(kind, tmp_pa
         expected = adapted(**batch()).logits
         assert (expected - before).abs().max() > 1e-3
         merged = adapted.merge_and_unload()
-        torch.testing.assert_close(merged(**batch()).logits, expected, rtol=0, atol=1e-5)
+        assert_near(merged(**batch()).logits, expected)
         merged.save_pretrained(tmp_path)
         assert "AutoModel" in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         assert type(loaded) is type(model)
-        torch.testing.assert_close(loaded(**batch()).logits, expected, rtol=0, atol=1e-5)
+        assert_near(loaded(**batch()).logits, expected)
 
 
 def sentence_encoder(model, folder):
@@ -88,12 +88,12 @@ def test_embeddings_of_a_pruned_encoder_are_those_of_the_whole_one(kind, tmp_pat
             expected = reference.encode(TEXTS)
         assert np.abs(expected - unpruned).max() > 1e-3
     encoder = sentence_encoder(pruned, tmp_path)
-    np.testing.assert_allclose(encoder.encode(TEXTS), expected, rtol=0, atol=1e-5)
+    assert_near(encoder.encode(TEXTS), expected)
 
     encoder.save(str(tmp_path / "pruned"))
     reloaded = SentenceTransformer(str(tmp_path / "pruned"), device="cpu")
     assert type(reloaded[0].auto_model) is ShrpBertModel
-    np.testing.assert_allclose(reloaded.encode(TEXTS), expected, rtol=0, atol=1e-5)
+    assert_near(reloaded.encode(TEXTS), expected)
     if kind == "head-pruned":
         return  # one process is enough: the code in the folder is the same
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
@@ -102,4 +102,4 @@ def test_embeddings_of_a_pruned_encoder_are_those_of_the_whole_one(kind, tmp_pat
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = np.array(json.loads((tmp_path / "found.json").read_text(encoding="utf-8")))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert_near(found, expected)

@@ -100,7 +100,7 @@ def test_serve_onnx(precision, folder):
 def test_prune_posthoc(folder):
     words = ["--model", "dense", "--dataset", "sst2", "--data-dir", ".", "--output", "out"]
     text = run("prune_posthoc.py", folder, *words)
-    assert float(text.rsplit(maxsplit=1)[1]) < 1e-5  # cut and masked say the same
+    assert float(text.rsplit(maxsplit=1)[1]) < 1e-4  # cut and masked say the same
     assert 0 < answers(folder / "out") <= 1
 
 

@@ -286,7 +286,7 @@ def test_half_precision_is_summed_in_float64(dtype):
     full = collect_head_stats(model, batches, EVERYTHING)
     half = collect_head_stats(model.to(dtype), batches, EVERYTHING)
     assert half.sums["importance"].dtype == torch.float64
-    torch.testing.assert_close(half.entropy(), full.entropy(), rtol=0, atol=0.02)
+    torch.testing.assert_close(half.entropy(), full.entropy(), rtol=0, atol=0.05)
     torch.testing.assert_close(half.importance(), full.importance(), rtol=0.3, atol=0.05)
 
 

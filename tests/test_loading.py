@@ -31,7 +31,7 @@ from shrp_hf import (
     ShrpBertForTokenClassification,
     prune_heads,
 )
-from tests.tiny import batch, same_state, tiny_bert, tiny_routed
+from tests.tiny import assert_near, batch, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)
 ROOT = Path(__file__).parents[1]
@@ -466,4 +466,4 @@ def test_loaded_in_a_fresh_process_is_saved(installed, tmp_path):
     expected = logits_of(models["static"], dict(ids)).softmax(dim=-1)
     for scores, row in zip(found["pipeline"], expected, strict=True):
         by_label = {score["label"]: score["score"] for score in scores}
-        assert [by_label[f"LABEL_{i}"] for i in range(3)] == pytest.approx(row.tolist(), abs=1e-5)
+        assert_near([by_label[f"LABEL_{i}"] for i in range(3)], row)

@@ -15,6 +15,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 
 import shrp_hf
 from shrp_hf import KeepPlan, masked_heads, prune_heads
+from shrp_hf.numerics import rounding_bound
 from tests.test_families import MIXED, stock
 from tests.tiny import force_experts_, tiny_routed
 
@@ -96,7 +97,7 @@ def assert_same(ours, theirs):
     ours, theirs = flat(ours), flat(theirs)
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
-        assert a == (b if isinstance(b, str) else pytest.approx(b, abs=1e-5))
+        assert a == (b if isinstance(b, str) else pytest.approx(b, abs=rounding_bound(abs(b), torch.float32)))
 
 
 def head_of(task):

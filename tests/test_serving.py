@@ -1,5 +1,6 @@
 """Models side by side as they are served: the same figures whatever the runtime, and words where FLOPs promised more."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from shrp_hf.serving import ServingOptions, ServingResult, ServingRow, measure_s
 from shrp_hf.serving.runtimes import OnnxRunner, TorchRunner
 from shrp_hf.serving.workloads import Workload, count_flops_of
 from shrp_hf.surgery import to_shrp
-from tests.tiny import tiny_bert
+from tests.tiny import assert_near, tiny_bert
 
 WORDS = ("good", "bad", "the", "film", "is")
 RUNTIMES_ARE = "^`runtimes` must be of eager, compiled, onnx, int8, each once, got "
@@ -105,7 +106,7 @@ def test_onnx_runner_says_what_the_torch_runner_says(models, tmp_path):
     runner = OnnxRunner(export_onnx(model, tokenizer, tmp_path), 1)
     found = runner.session.run(None, runner._arrays(batch))[0]
     with torch.inference_mode():
-        torch.testing.assert_close(torch.from_numpy(found), model(**batch).logits, atol=1e-5, rtol=0)
+        assert_near(found, copy.deepcopy(model).double()(**batch).logits)
 
 
 def test_sentences_are_sorted_batched_truncated_and_their_flops_counted(models):

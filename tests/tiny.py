@@ -1,12 +1,14 @@
 """Tiny models and batches, built from configs: every weight drawn at random, so that none hides behind a zero."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from shrp_hf.numerics import ROUNDINGS, rounding_bound
 
 SIZES = {
     "vocab_size": 99,
@@ -81,6 +83,12 @@ def examples(count: int = 64, length: int = 9, seed: int = 1) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(1, 99, (count, length), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[0] > 50)} for row in rows]
+
+
+def assert_near(ours: Any, reference: Any, dtype: torch.dtype = torch.float32, roundings: int = ROUNDINGS) -> None:
+    """Nothing but rounding in `dtype` tells `ours` from the reference, on any processor."""
+    ours, reference = (torch.as_tensor(values).detach().double() for values in (ours, reference))
+    torch.testing.assert_close(ours, reference, rtol=0, atol=rounding_bound(float(reference.abs().max()), dtype, roundings))
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:

@@ -45,6 +45,9 @@ EXPERT_SELECTOR_HELP = (
     "model, without routers); default: the recipe's."
 )
 ExpertSelectorOption = Annotated[str | None, typer.Option(help=EXPERT_SELECTOR_HELP)]
+NOT_MET = 3
+NOT_VERIFIED = 4
+"""Exit codes of a command that has written all it was to write: a target is missed; the result is not what was trained."""
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
@@ -87,6 +90,13 @@ def read_task(model: str | None, dataset: str, data_dir: Path | None, reading: "
 def say_task(task: "Task") -> None:
     """Prints what was understood of the data, before anything is done with it."""
     console.print(task.describe(), markup=False, highlight=False, soft_wrap=True)
+
+
+def leave(problem: str, code: int = NOT_VERIFIED) -> None:
+    """Ends the command with `code` after an error line, where there is a problem; what was written stays."""
+    if problem:
+        Console(stderr=True).print("[red]Error:[/]", problem, highlight=False, soft_wrap=True)
+        raise typer.Exit(code)
 
 
 @app.callback()

@@ -7,6 +7,7 @@ from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
     FORCE_HELP,
+    NOT_MET,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
@@ -20,10 +21,9 @@ from shrp_hf.cli.app import (
     TextPairColumnOption,
     app,
     console,
+    leave,
     read_task,
 )
-
-NOT_MET = 3
 
 
 @app.command()
@@ -65,10 +65,11 @@ def compress(
     and `compress.json`. Started again, with the same or other targets, it trains nothing twice.
 
     Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
-    what it reaches. 1: an error.
+    what it reaches. 4: the written model does not give the same outputs in a new process. 1: an error.
 
     Example: `shrp-hf compress out/demo/dense --dataset docstrings --speedup 4 --output out/fast`
     """
+    from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.compress import Compression, CompressOptions, Targets
     from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks import Reading
@@ -96,10 +97,12 @@ def compress(
     )
     reading = Reading(text_column, text_pair_column, label_column, task)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
-    compression = Compression(model, data, output, options)
-    verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
+    with one_bar_each(console) as bar:
+        compression = Compression(model, data, output, options, bar=bar)
+        verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
     console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
     console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")
+    leave(verdict.problem)
     if not verdict.met:
         raise typer.Exit(NOT_MET)
 

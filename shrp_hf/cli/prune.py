@@ -57,6 +57,7 @@ def prune(
 
     Example: `shrp-hf prune out/demo/dense --dataset docstrings --selector hies --keep 0.5 --output out/half`
     """
+    from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.posthoc import PruneOptions, prune_posthoc
     from shrp_hf.tasks import Reading
 
@@ -81,6 +82,7 @@ def prune(
     )
     reading = Reading(text_column, text_pair_column, label_column, task)
     data = read_task(model, dataset, data_dir, reading, seed=seed, max_train=max_train)
-    report = prune_posthoc(model, data, output, prune_options, say=lambda text: console.rule(text))
+    with one_bar_each(console) as bar:
+        report = prune_posthoc(model, data, output, prune_options, say=lambda text: console.rule(text), bar=bar)
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"Written to {output}: the model, plan.json, report.md and pictures.")

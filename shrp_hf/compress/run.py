@@ -15,6 +15,7 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     set_seed,
 )
 
@@ -37,7 +38,7 @@ from shrp_hf.environment import environment
 from shrp_hf.lengths import fitting_length
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
-from shrp_hf.runs import check_output, check_reopened, claim, kept_model
+from shrp_hf.runs import check_output, claim, kept_model, problem_when_reopened
 from shrp_hf.tasks.baseline import check_learned
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task, for_json, shown
@@ -62,6 +63,7 @@ class Compression:
         options: The targets, and how to train.
         measure: Times models; stands in for `measure_throughput` in tests.
         predict: Predicts rows; stands in for `predict_on` in tests.
+        bar: Shows how far each training is, in place of what `Trainer` prints.
 
     Raises:
         ValueError: The model is not fine-tuned on this task or does not open whole, its family has no expert layers, it is
@@ -77,6 +79,7 @@ class Compression:
         *,
         measure: Measure = measure_throughput,
         predict: Predict = predict_on,
+        bar: TrainerCallback | None = None,
     ) -> None:
         self.model_name, self.task, self.output, self.options = model_name, task, output, options
         self.measure, self.predict = measure, predict
@@ -98,6 +101,7 @@ class Compression:
             seed=options.seed,
             batch_size=options.batch_size,
             examples_per_epoch=options.examples_per_epoch,
+            bar=bar,
         )
 
     def run(self, say: Say = logger.info, show: Say = logger.info) -> Verdict:
@@ -141,9 +145,9 @@ class Compression:
         result = self._load(self.output / "trials" / chosen.candidate.name)
         self.tokenizer.save_pretrained(self.output / "model")
         result.save_pretrained(self.output / "model")
-        check_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
+        problem = problem_when_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
         say("5/5 verifying on the reported rows")
-        verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen)
+        verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen, problem)
         models = {DENSE: self.dense(), chosen.candidate.name: result}
         predictions = {name: self.predict(model, self.data["test"], self.tokenizer) for name, model in models.items()}
         write_verdict(verdict, self.task, self.output, models, predictions, self._timings(chosen.candidate))

@@ -40,6 +40,7 @@ class Verdict:
         speeds: Predicted speed-up of every candidate, untrained.
         trials: The candidates that were trained, in order.
         chosen: The one that was kept.
+        problem: What is wrong with it when it is opened in a new process; empty where nothing is.
     """
 
     model_name: str
@@ -49,6 +50,7 @@ class Verdict:
     speeds: Mapping[Candidate, float]
     trials: tuple[Trial, ...]
     chosen: Trial
+    problem: str = ""
 
     @property
     def targets(self) -> Targets:
@@ -129,6 +131,7 @@ def write_verdict(
     write_text(output / "report.md", _report(verdict, task, reported, picture, compare_models(rows, scores, task)))
     summary = {
         "met": verdict.met,
+        "problem": verdict.problem,
         "targets": asdict(verdict.targets),
         "chosen": asdict(verdict.chosen),
         "trials": [asdict(trial) for trial in verdict.trials],
@@ -156,10 +159,11 @@ def _report(verdict: Verdict, task: Task, reported: Reported, picture: str, comp
         "\nThe model came fine-tuned: if it was fine-tuned on these held-out rows too, its quality on them flatters it, and "
         "the shares here are on the strict side.\n"
     )  # fmt: skip
+    problem = f"\n**Not verified**: {verdict.problem}\n" if verdict.problem else ""
     return f"""# {task.name}: {verdict.targets}
 
 {_headline(verdict, task.headline)} The model is in `model`.
-
+{problem}
 {_on_reported_rows(task.headline, verdict.targets, reported)}
 
 Made from `{"/".join(Path(verdict.model_name).parts[-2:])}` by recipe {verdict.options.recipe.name!r}; options: `run.json`.

@@ -13,7 +13,6 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from .head_slicing import head_columns, slice_linear
 
 EXPANDER_GAIN = 0.1
-JOINED_FROM = 512  # tokens in a batch from which one product for query, key and value is faster than three
 
 
 class Router(nn.Module):
@@ -58,20 +57,6 @@ class Router(nn.Module):
         weights = token_mask.to(hidden_states.dtype)
         total = torch.bmm(weights.unsqueeze(1), hidden_states).squeeze(1)
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _only_computes(*modules: nn.Module) -> bool:
-    """Whether what these modules do may be done otherwise: no gradient, no graph being traced, nobody who watches.
-
-    An expert layer computes so little that fresh memory for each wide tensor, and reading its input three times, show in its
-    time (docs/benchmarks-serving.md).
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return not any(
-        module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        for module in modules
-    )
 
 
 class ExpertLinear(nn.Linear):
@@ -141,25 +126,17 @@ class ExpertAttention(nn.Module):
             Head outputs (batch, length, k, head_size), and the attention maps (batch, k, length, length) in eager.
         """
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        projected = self._project(hidden_states, experts)
-        query, key, value = (states.view(shape).transpose(1, 2) for states in projected)  # (batch, k, length, head_size)
+        query, key, value = (
+            self._project(projection, hidden_states, experts).view(shape).transpose(1, 2)  # (batch, k, length, head_size)
+            for projection in (self.query, self.key, self.value)
+        )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _project(self, hidden_states: torch.Tensor, experts: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        projections = (self.query, self.key, self.value)
-        if experts is not None:
-            return tuple(self._project_by(projection, hidden_states, experts) for projection in projections)
-        plain = all(type(projection) is nn.Linear for projection in projections) and _only_computes(*projections)
-        if not plain or hidden_states.shape[:-1].numel() < JOINED_FROM:
-            return tuple(projection(hidden_states) for projection in projections)
-        # Joined for each call: it costs little where there are many tokens, and there is no copy that could be out of date.
-        weight = torch.cat([projection.weight for projection in projections])
-        bias = torch.cat([projection.bias for projection in projections])
-        return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
-
-    def _project_by(self, projection: nn.Module, hidden_states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def _project(self, projection: nn.Module, hidden_states: torch.Tensor, experts: torch.Tensor | None) -> torch.Tensor:
+        if experts is None:
+            return projection(hidden_states)
         if type(projection) is ExpertLinear:
             return projection(hidden_states, experts)
         states = projection(hidden_states).unflatten(-1, (-1, self.attention_head_size))  # (batch, length, experts, head_size)
@@ -182,10 +159,7 @@ class Expander(nn.Module):
 
     def forward(self, head_output: torch.Tensor) -> torch.Tensor:
         """Maps (batch, length, head_size) to (batch, length, hidden)."""
-        expanded = self.dense(head_output)
-        if _only_computes(self.dense, self.activation):
-            return self.LayerNorm(nn.functional.gelu(expanded, out=expanded))
-        return self.LayerNorm(self.activation(expanded))
+        return self.LayerNorm(self.activation(self.dense(head_output)))
 
     @torch.no_grad()
     def warm_start_(self, output_weight: torch.Tensor) -> None:
@@ -250,8 +224,6 @@ class ExpertLayer(GradientCheckpointingLayer):
         if self.router is None:
             heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
             update = self.expander(heads.squeeze(2) if heads.shape[2] == 1 else heads.mean(dim=2))
-            if _only_computes(self.expander.LayerNorm, self.expander) and update.dtype == hidden_states.dtype:
-                return update.add_(hidden_states), None
             return hidden_states + self.dropout(update), None
 
         logits = self.router(hidden_states, token_mask)  # (batch, experts)

@@ -1,5 +1,6 @@
 """What an exported file is fed, and how far its answers are from those of its model."""
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -92,11 +93,17 @@ def _pad(model: PreTrainedModel, names: Sequence[str], rows: Sequence[Mapping[st
     return batch
 
 
-def torch_outputs(model: PreTrainedModel, names: Sequence[str], batch: Arrays) -> Arrays:
-    """What PyTorch says, in float32 on the CPU."""
-    with torch.inference_mode():
-        output = model(**{name: torch.from_numpy(array) for name, array in batch.items()}, return_dict=True)
-    return {name: output[name].numpy() for name in names}
+def torch_outputs(model: PreTrainedModel, names: Sequence[str], batches: Sequence[Arrays]) -> list[Arrays]:
+    """What PyTorch says of each batch, in float64 on the CPU, where no kernel's rounding counts."""
+    double = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    found = []
+    for batch in batches:
+        inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
+        inputs = {name: values.double() if values.is_floating_point() else values for name, values in inputs.items()}
+        with torch.inference_mode():
+            output = double(**inputs, return_dict=True)
+        found.append({name: output[name].numpy() for name in names})
+    return found
 
 
 def onnx_outputs(session: Any, names: Sequence[str], batch: Arrays) -> Arrays:

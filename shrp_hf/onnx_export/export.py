@@ -17,6 +17,7 @@ from shrp_hf.checkpoints import open_config, open_model, open_tokenizer
 from shrp_hf.families import head_layout
 from shrp_hf.files import remove_staged, writing_to
 from shrp_hf.models.rebuilding import check_plain
+from shrp_hf.numerics import rounding_bound
 from shrp_hf.onnx_export.check import (
     Arrays,
     Text,
@@ -32,7 +33,7 @@ from shrp_hf.onnx_export.graph import OPSET, OUTPUTS, write_graph
 from shrp_hf.onnx_export.runtime import EXTRA, onnx_session, write_int8
 from shrp_hf.onnx_export.sentences import SENTENCES
 
-TOLERANCE = 1e-5
+TOLERANCE = rounding_bound(1.0, torch.float32)  # of the scale
 MIN_AGREEMENT = 0.9
 MIN_TORCH = (2, 11)
 MAX_BYTES = 2**31 - 2**24  # what one file of the format can hold, less the graph itself
@@ -52,8 +53,9 @@ def export_onnx(
 
     Batch and length (and the number of choices) are free. The file is float32, and uses operators that only ONNX Runtime
     has. It is reopened there and run on padded batches and single sentences (images: random pixels): no output may
-    differ by more than 1e-5 of the largest value of its name (at least 1). Of an int8 file the predictions must agree
-    instead, after its float32 form has passed. What was reached stands in `onnx.json`.
+    differ from PyTorch's in float64 by more than float32 may round: 1.2e-4 of the largest value of its name (at least 1).
+    Of an int8 file the predictions must agree instead, after its float32 form has passed. What was reached stands in
+    `onnx.json`.
 
     Args:
         model: A stock or Shrp model of a supported family, pruned or not; left as it is.
@@ -79,9 +81,9 @@ def export_onnx(
     _check_output(output)
     names = _output_names(model)
     _check_size(model)
+    batches = make_batches(model, tokenizer, texts or SENTENCES)
+    expected = torch_outputs(model, names, batches)
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    batches = make_batches(reference, tokenizer, texts or SENTENCES)
-    expected = [torch_outputs(reference, names, batch) for batch in batches]
     record: dict[str, Any] = {
         "model": type(model).__name__,
         "precision": "int8" if int8 else "float32",
@@ -232,7 +234,7 @@ def _check_float32(path: Path, expected: Sequence[Arrays], batches: Sequence[Arr
     reached = difference(expected, _run(path, list(expected[0]), batches))
     if not reached <= TOLERANCE:
         raise RuntimeError(
-            f"The ONNX file differs from PyTorch by {reached:.2g} of the largest output, more than {TOLERANCE:.0e}: nothing "
+            f"The ONNX file differs from PyTorch by {reached:.2g} of the largest output, more than {TOLERANCE:.1e}: nothing "
             "was published. Weights that are not finite, or a release of onnxruntime that was not tested, may cause this."
         )
     return {"largest_difference": reached, "tolerance": TOLERANCE}

@@ -22,6 +22,7 @@ from shrp_hf.budget import Budget
 from shrp_hf.head_stats import StatsRequest
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertModel
+from shrp_hf.numerics import ROUNDINGS, rounding_bound
 from shrp_hf.plan import KeepPlan
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from tests.test_families import TABLE, transformers
@@ -38,7 +39,7 @@ WILD = st.recursive(
     max_leaves=6,
 )
 # Largest deviation from float64, relative to the largest output.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+PRECISIONS = {torch.float64: 2**18, torch.float32: ROUNDINGS, torch.float16: 32, torch.bfloat16: 32}  # in roundings
 
 
 def generate(count: Callable, strategy: st.SearchStrategy, check: Callable[[Any], str], share: float = 1.0) -> Counter:
@@ -83,7 +84,7 @@ def shapes(draw: Any, families: tuple[str, ...] = ("bert", "roberta", "electra",
         "head_size": draw(st.sampled_from((2, 4, 6))),
         "attention": draw(st.sampled_from(("eager", "sdpa"))),
         "lengths": lengths,
-        "dtype": draw(st.sampled_from(tuple(TOLERANCE))),
+        "dtype": draw(st.sampled_from(tuple(PRECISIONS))),
         "kept": tuple(draw(st.sets(st.integers(0, heads - 1)).map(tuple)) for _ in range(layers)),
         "experts": sorted(draw(st.sets(st.integers(0, layers - 1)))),
         "top": draw(st.integers(1, heads)),
@@ -134,8 +135,7 @@ def states(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
-    scale = theirs.abs().max().clamp(min=1)
-    assert ((ours - theirs).abs().max() / scale).item() <= TOLERANCE[dtype]
+    assert (ours - theirs).abs().max().item() <= rounding_bound(theirs.abs().max().item(), dtype, PRECISIONS[dtype])
 
 
 def reloaded(model: PreTrainedModel) -> PreTrainedModel:
