@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from transformers import EvalPrediction
 
 from shrp_hf.tasks import Reading, Task, load_task
+from shrp_hf.tasks.files import read_texts
 from shrp_hf.tasks.splits import cut_stratified
 
 COUNT = 60
@@ -277,6 +278,15 @@ def test_a_class_that_training_rows_lack_is_refused_with_its_row(tmp_path):
     write_csv(tmp_path / "test.csv", [{"id": 0, "text": "x", "label": "neutral"}])
     message = refused(tmp_path)
     assert "test.csv', line 2: label 'neutral' is none of the 2 classes of the training rows (negative, positive)" in message
+
+
+def test_a_text_file_in_another_encoding_is_refused_by_name(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("one\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"texts\.txt', line 2: not UTF-8"):
+        read_texts(path)
+    path.write_text("one\n\ntwo\n", encoding="utf-8")
+    assert read_texts(path) == ["one", "two"]
 
 
 # --- columns ---

@@ -44,15 +44,12 @@ def benchmark(
     from shrp_hf.onnx_export import load_for_export
     from shrp_hf.runs import check_output
     from shrp_hf.serving import ServingOptions, measure_serving, write_serving
+    from shrp_hf.tasks.files import read_texts
 
     if output is not None:
         check_output(output, models)
         output.mkdir(parents=True, exist_ok=True)  # what cannot be written there is known before hours of measuring
-    lines: tuple[str, ...] = ()
-    if texts is not None:
-        lines = tuple(line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip())
-        if not lines:
-            raise ValueError(f"`--texts {texts}` holds no text.")
+    lines = () if texts is None else tuple(read_texts(texts))
     options = ServingOptions(tuple(runtimes), tuple(shapes), lines, batch_size, max_length, threads, device, dtype, rounds)
     served = {name: load_for_export(path) for name, path in _names(models).items()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

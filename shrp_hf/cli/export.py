@@ -49,6 +49,7 @@ def export(
     from shrp_hf.onnx_export import export_onnx, load_for_export
     from shrp_hf.runs import check_output
     from shrp_hf.tasks import Reading
+    from shrp_hf.tasks.files import read_texts
 
     if dataset is not None and texts is not None:
         raise ValueError("Give one of `--dataset` and `--texts`, not both.")
@@ -60,9 +61,7 @@ def export(
     check_output(output, [model])
     rows: list | None = None
     if texts is not None:
-        rows = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not rows:
-            raise ValueError(f"`--texts {texts}` holds no text.")
+        rows = read_texts(texts)
     elif dataset is not None:
         reading = Reading(text_column, text_pair_column, label_column, task)
         data = read_task(model, dataset, data_dir, reading, seed=seed, max_validation=512)

@@ -105,6 +105,19 @@ def read_file(path: Path, raw_quotes: bool = False) -> Table:
     return _read_json(text, path, notes)
 
 
+def read_texts(path: Path) -> list[str]:
+    """Reads the lines of a text file, in UTF-8 or marked UTF-16; empty ones are left out.
+
+    Raises:
+        ValueError: It is in another encoding, or no line holds text.
+    """
+    text, _ = _decoded(path)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"`--texts {path}` holds no text.")
+    return lines
+
+
 def _decoded(path: Path) -> tuple[str, tuple[str, ...]]:
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
