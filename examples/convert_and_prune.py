@@ -42,9 +42,9 @@ def main() -> None:
     routed = trainer.evaluate(data["test"], metric_key_prefix="routed")
     trainer.model.prune_heads(trainer.usage_plan(keep=script.keep))
     static = trainer.evaluate(data["test"], metric_key_prefix="static")
-    trainer.model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    print({**routed, **static})
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print({**routed, **static})
 
 
 if __name__ == "__main__":

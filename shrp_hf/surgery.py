@@ -146,7 +146,7 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
     if experts:
         raise ValueError(
             f"Layers {experts} are expert layers, which no stock model "
-            "has. Ship the model with its code instead: `save_pretrained(..., with_code=True)`."
+            "has. Ship the model as `save_pretrained` writes it: with its code."
         )
     check_as_built(model)
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
@@ -191,7 +191,7 @@ def _check_compact(model: PreTrainedModel, kept: Sequence[Sequence[int]]) -> Non
     if model.config.model_type != "shrp_vit":
         raise ValueError(
             f"`compact=True` needs a stock config that says how wide a head is, and `{model.config.model_type}` has "
-            "none: leave it False, or ship the model with `save_pretrained(..., with_code=True)`."
+            "none: leave it False, or ship the model as `save_pretrained` writes it: with its code."
         )
     counts = [len(heads) for heads in kept]
     if len(set(counts)) > 1 or not counts[0]:

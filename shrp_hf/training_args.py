@@ -151,7 +151,7 @@ class ShrpTrainingArguments(TrainingArguments):
         return StageSchedule(conversions, round(len(layers) * per_layer * scale), max_steps)
 
     def are_stages_scaled(self, num_layers: int) -> bool:
-        """Whether the stages of this many layers would take another time than the one that was given."""
+        """Whether the stages of `num_layers` layers would take another time than the one that was given."""
         if self.balance_steps_per_layer is not None:
             return False
         return self.max_steps > 0 or abs(self.num_train_epochs - self._stage_epochs(num_layers)) > 1e-9

@@ -37,11 +37,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(name, folder, *words):
+def run(name, folder, *words, launcher=()):
     script = next(path for path in EXAMPLES if path.name == name)
     environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, words)],
+        [sys.executable, *launcher, str(script), *map(str, words)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -73,6 +73,18 @@ def test_convert_and_prune(folder):
     assert "static_accuracy" in text
     assert len(AutoModelForSequenceClassification.from_pretrained(folder / "out").config.expert_layers) == 1
     assert 0 < answers(folder / "out") <= 1
+
+
+@pytest.mark.slow
+def test_convert_and_prune_in_two_processes(folder):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    task = ["--model", "dense", "--dataset", "sst2", "--data_dir", ".", "--num_expert_layers", "1", "--output_dir", "out"]
+    text = run("convert_and_prune.py", folder, *task, *TRAINING, launcher=launcher)
+    assert text.count("static_accuracy") == 1
+    assert not list((folder / "out").glob(".saving-*"))
+    assert 0 < answers(folder / "out") <= 1
+    with pytest.raises(AssertionError, match="`WORLD_SIZE=2` in the environment, but `args.world_size` is 1"):
+        run("convert_and_prune.py", folder, *task, *TRAINING[:-2], launcher=launcher)
 
 
 @pytest.mark.slow

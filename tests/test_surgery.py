@@ -246,15 +246,15 @@ def test_model_of_remote_code_is_refused(act):
         pytest.param(
             static,
             to_stock,
-            "Layers [2] are expert layers, which no stock model has. Ship the model with its code instead: "
-            "`save_pretrained(..., with_code=True)`.",
+            "Layers [2] are expert layers, which no stock model has. Ship the model as `save_pretrained` "
+            "writes it: with its code.",
             id="experts to stock",
         ),
         pytest.param(
             lambda: to_shrp(tiny_bert()),
             lambda m: to_stock(m, compact=True),
             "`compact=True` needs a stock config that says how wide a head is, and `shrp_bert` has none: leave it False, "
-            "or ship the model with `save_pretrained(..., with_code=True)`.",
+            "or ship the model as `save_pretrained` writes it: with its code.",
             id="compact BERT",
         ),
     ],
