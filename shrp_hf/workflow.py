@@ -16,7 +16,7 @@ from transformers import (
 
 from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
-from shrp_hf.plots import plot_usage
+from shrp_hf.plots import check_drawable, plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.record import Rows, RunRecord, expert_choice, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
@@ -74,6 +74,7 @@ class Workflow:
 
     Raises:
         ValueError: The directory holds a run with other options.
+        ImportError: Routers are to be drawn, and matplotlib is not installed.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Workflow:
         self.output = output
         self.options = options
         self.problem = ""
+        if options.recipe.routes:
+            check_drawable()
         data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
         claim(output, {"model": model_name, **data, **asdict(options)})
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)

@@ -35,6 +35,7 @@ from shrp_hf.compress.search import Trial, best, check_reachable, search
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
 from shrp_hf.models.safe_weights import load_safely
+from shrp_hf.plots import check_drawable
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import claim, kept_model, problem_when_reopened
@@ -66,6 +67,7 @@ class Compression:
     Raises:
         ValueError: The model is not fine-tuned on this task, its family has no expert layers, it is already converted or
             pruned, or the directory holds another run.
+        ImportError: matplotlib, which draws `trials.png`, is not installed.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Compression:
     ) -> None:
         self.model_name, self.task, self.output, self.options = model_name, task, output, options
         self.measure, self.predict = measure, predict
+        check_drawable()
         set_seed(options.seed)
         self.source = load_source(model_name, task, fine_tuned=not options.dense_epochs)
         self.choices = candidates(self.source.config, options.experts)
