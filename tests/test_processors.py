@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.demos import NAMES, row
 from tests.processors import NEWEST, SETTINGS, effect, probe
 
 PLAIN = {"torch": "2.13.0", "threads": 2, "capability": "AVX512", "mkl": True, "product": "a", "softmax": "b", "gelu": "c"}
@@ -33,3 +34,10 @@ def test_a_setting_without_effect_is_an_error_where_the_processor_could_tell():
 def test_the_probe_has_the_same_bits_twice():
     assert probe() == probe()
     assert set(SETTINGS) == {"as-it-is", "avx2", "sse4", "one-thread"}
+
+
+def test_a_line_of_the_five_demos_says_how_far_static_is_behind(tmp_path):
+    lines = [f"- {name}: accuracy {value:.4f}, f1 0.5000" for name, value in zip(NAMES, (0.63, 0.62, 0.615), strict=True)]
+    (tmp_path / "report.md").write_text("\n".join(["# docstrings", *lines]), encoding="utf-8")
+    (tmp_path / "minutes.txt").write_text("7.1", encoding="utf-8")
+    assert row("sse4", 2, tmp_path) == "| sse4 | 2 | 0.630 | 0.620 | 0.615 | -1.5 | 7.1 |"
