@@ -13,7 +13,7 @@ from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.head_stats import StatsRequest
 from shrp_hf.model_card import write_card
 from shrp_hf.plan import KeepPlan
-from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
+from shrp_hf.plots import check_drawable, plot_clusters, plot_head_map, plot_knee
 from shrp_hf.recipes import Setup, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
@@ -122,7 +122,9 @@ def prune_posthoc(
     Raises:
         ValueError: An option is out of range or does not suit the selector, a teacher would teach nothing, a model was not
             fine-tuned on this task or does not open whole, or `output` is the model's own directory.
+        ImportError: matplotlib, which draws the pictures, is not installed.
     """
+    check_drawable()
     recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs)
     if options.teacher is not None and not (options.recovery_epochs and recipe.distils):
         raise ValueError(

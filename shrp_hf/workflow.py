@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.model_card import write_card
-from shrp_hf.plots import plot_usage
+from shrp_hf.plots import check_drawable, plot_usage
 from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.record import Rows, RunRecord, expert_choice, origin
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
@@ -68,6 +68,7 @@ class Workflow:
     Raises:
         ValueError: The directory holds a run with other options, or the model itself; or the model does not open whole (see
             `open_model`), or is not fine-tuned on the task where `dense_epochs` is 0.
+        ImportError: Routers are to be drawn, and matplotlib is not installed.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Workflow:
         self.options = options
         self.problem = ""
         check_output(output, [model_name], ("dense", "routed", "converted", "static", "checkpoints"))
+        if options.recipe.routes:
+            check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)

@@ -67,9 +67,7 @@ def effect(name: str, found: dict, plain: dict) -> str:
     if other:
         return f"the SAME bits in a product: MKL has one kernel for both on this processor; other bits in {', '.join(other)}"
     if plain["capability"] != "AVX512" or not plain["mkl"]:
-        return (
-            f"IDENTICAL to as-it-is: this processor ({plain['capability']}, MKL: {plain['mkl']}) has nothing more to leave out"
-        )
+        return f"IDENTICAL to as-it-is: nothing to leave out on this processor ({plain['capability']}, MKL: {plain['mkl']})"
     raise RuntimeError(f"{name}: took no effect, every result has the same bits as without it.")
 
 

@@ -1,25 +1,34 @@
 """The commands, from a plain checkpoint and a folder of data to a model that loads."""
 
+import io
 import json
 import logging
 import re
+import sys
 from dataclasses import replace
 from itertools import combinations
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSequenceClassification, BertTokenizer
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, BertTokenizer, TrainerState
 from typer.testing import CliRunner
 
-from shrp_hf import ShrpBertForSequenceClassification, cli
+from shrp_hf import ShrpBertForSequenceClassification, cli, workflow
+from shrp_hf.cli.app import NOT_VERIFIED
+from shrp_hf.cli.progress import one_bar_each
+from shrp_hf.compress import Compression, CompressOptions, Targets
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions, prune_posthoc
 from shrp_hf.recipes import Recipe
 from shrp_hf.record import Rows, RunRecord, source_name
+from shrp_hf.runs import problem_when_reopened
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.tasks import load_task
-from shrp_hf.workflow import Workflow, WorkflowOptions
+from shrp_hf.workflow import REOPENED, Workflow, WorkflowOptions
 from tests.tiny import same_state, tiny_bert
 
 GOOD, BAD = ("good", "great", "fine", "warm"), ("bad", "dull", "poor", "cold")
@@ -263,3 +272,87 @@ def test_run_json_holds_what_was_run(plain, data_dir, tmp_path, caplog):
     identity = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert identity["model"] == plain
     assert identity["num_expert_layers"] == 1
+
+
+# --- the end of a long run ---
+
+
+def classifier(plain, folder):
+    """A saved classifier, the tokenised rows and the tokenizer that it is checked with."""
+    tokenizer = BertTokenizer.from_pretrained(plain)
+    model = ShrpBertForSequenceClassification.from_pretrained(plain).eval()
+    model.save_pretrained(folder, with_code=True)
+    rows = Dataset.from_list([{**tokenizer(f"the film is {word}"), "label": 0} for word in GOOD + BAD])
+    return model, rows, tokenizer
+
+
+def test_what_is_reopened_is_compared_in_double_and_nothing_is_raised(plain, tmp_path):
+    model, rows, tokenizer = classifier(plain, tmp_path)
+    assert problem_when_reopened(tmp_path, model, rows, tokenizer) == ""
+    assert model.dtype == torch.float32
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-5  # far below what float32 may round of a large output
+    problem = problem_when_reopened(tmp_path, model, rows, tokenizer)
+    assert re.fullmatch(r"`.*` gives other outputs in a new process, by up to 1\.0e-05 in float64\.", problem)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert " does not open in a new process:\n" in problem_when_reopened(tmp_path, model, rows, tokenizer)
+
+
+def test_a_static_model_that_is_not_verified_is_kept_reported_and_has_its_own_exit_code(
+    plain, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workflow, "problem_when_reopened", lambda *args: "`static` gives other outputs.")
+    words = ("train", plain, "--dataset", "sst2", "--data-dir", data_dir, "--num-expert-layers", 1, "--max-length", 16)
+    epochs = ("--dense-epochs", 1, "--recipe", "paper", "--specialise-epochs", 1)
+    result = run(*words, *epochs, "--output", tmp_path)
+    assert result.exit_code == NOT_VERIFIED == 4
+    assert "`static` gives other outputs." in result.stderr
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "static").config.expert_layers == [2]
+    assert "**Not verified**: `static` gives other outputs." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+    # The table is what the terminal ends with, and nothing of the libraries' own stands before it.
+    assert max(result.stdout.rindex(text) for text in ("Written to", "Kept:", "Reported on")) < result.stdout.rindex("dense")
+    assert not [word for word in ("'loss'", "grad_norm", "Loading weights", "examples/s") if word in result.output]
+    monkeypatch.undo()
+    again = run(*words, *epochs, "--output", tmp_path)  # takes up the models, and checks once more
+    assert again.exit_code == 0, again.output
+    assert REOPENED in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_the_pictures_need_is_asked_for_before_the_work(plain, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    task = load_task("sst2", data_dir)
+    for start in (
+        lambda: Workflow(plain, task, tmp_path / "out", QUICK),
+        lambda: Compression(plain, task, tmp_path / "out", CompressOptions(Targets(speedup=2.0))),
+        lambda: prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5)),
+    ):
+        with pytest.raises(ImportError, match=r"^Pictures need matplotlib: pip install 'shrp-hf\[plots\]'\.$"):
+            start()
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_training_draws_one_bar_and_a_failed_one_gives_the_terminal_back():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    state = TrainerState(max_steps=3)
+
+    def fail():
+        with one_bar_each(console) as bar:
+            assert datasets.are_progress_bars_disabled()
+            for _ in range(2):
+                state.global_step = 0
+                bar.on_train_begin(None, state, None)
+                bar.on_log(None, state, None, logs={"loss": 0.25})
+                for state.global_step in (1, 2, 3):
+                    bar.on_step_end(None, state, None)
+                bar.on_train_end(None, state, None)
+            bar.on_train_begin(None, state, None)
+            raise RuntimeError(bar)
+
+    with pytest.raises(RuntimeError) as stopped:
+        fail()
+    assert stopped.value.args[0].progress is None
+    assert not datasets.are_progress_bars_disabled()
+    text = console.file.getvalue()
+    assert "loss 0.250" in text
+    assert text.count("3/3") >= 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
-from shrp_hf.numerics import first_not_finite
+from shrp_hf.numerics import first_not_finite, rounding_bound
 from shrp_hf.surgery import to_shrp
 from tests.tiny import batch, tiny_bert
 from tests.tiny_training import bert, trainer_for
@@ -95,6 +95,19 @@ def test_finite_outputs_are_not_blamed():
     before = [len(module._forward_hooks) for module in model.modules()]
     assert first_not_finite(model, batch() | {"output_attentions": True, "output_hidden_states": True}) is None
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+# --- rounding ---
+
+
+def test_bound_follows_from_precision_and_scale():
+    assert rounding_bound(0.3, torch.float32) == rounding_bound(1.0, torch.float32) == 1024 * 2**-23
+    assert rounding_bound(50.0, torch.float32) == 50 * rounding_bound(1.0, torch.float32)
+    assert rounding_bound(2.0, torch.bfloat16, roundings=4) == 2 * 4 * 2**-7
+    torch.manual_seed(0)
+    a, b = torch.randn(8, 3072), torch.randn(3072, 8)
+    exact = a.double() @ b.double()
+    assert (a @ b - exact).abs().max() < rounding_bound(float(exact.abs().max()), torch.float32)
 
 
 # --- half precision ---

@@ -36,6 +36,7 @@ from shrp_hf.compress.search import Trial, best, check_reachable, search, share_
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
 from shrp_hf.lengths import fitting_length
+from shrp_hf.plots import check_drawable
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_output, claim, kept_model, problem_when_reopened
@@ -68,6 +69,7 @@ class Compression:
     Raises:
         ValueError: The model is not fine-tuned on this task or does not open whole, its family has no expert layers, it is
             already converted or pruned, or the directory holds another run, or the model itself.
+        ImportError: matplotlib, which draws `trials.png`, is not installed.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Compression:
         self.model_name, self.task, self.output, self.options = model_name, task, output, options
         self.measure, self.predict = measure, predict
         check_output(output, [model_name], ("model", "dense", "routed", "converted", "trials", "checkpoints"))
+        check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
         batch_size, length = options.shape

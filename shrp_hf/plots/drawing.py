@@ -34,12 +34,23 @@ def checked_matrix(
     return matrix
 
 
-def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """Returns a figure of that size in inches and its axes; matplotlib is imported here."""
+def check_drawable() -> None:
+    """Lets a run that ends with pictures fail before its work instead of after it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'shrp-hf[plots]'.") from error
+
+
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """Returns a figure of that size in inches and its axes; matplotlib is imported here."""
+    check_drawable()
+    from matplotlib.figure import Figure
+
     # The object-oriented API, not pyplot: no global state, no window system.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
