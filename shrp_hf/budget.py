@@ -178,7 +178,8 @@ class Budget:
             The count, and what was measured per count.
 
         Raises:
-            ValueError: No count meets the budget, or a measurement is not a finite number.
+            ValueError: No count meets the budget, or a measurement is not a finite number (the quality of a plan may be
+                NaN, which is too low, that of the unpruned model may not).
             KneeNotFoundError: The measured curve has no knee.
         """
         measured: dict[int, float] = {}
@@ -186,14 +187,16 @@ class Budget:
         def value(count: int) -> float:
             if count not in measured:
                 measured[count] = float(self.measure(plan_of(count)))
-                if not math.isfinite(measured[count]):
+                # The quality of few heads may be undefined (a correlation, where all predictions are one): too few then.
+                is_undefined = math.isnan(measured[count]) and self.kind in ("quality", "knee") and count < high
+                if not math.isfinite(measured[count]) and not is_undefined:
                     raise ValueError(f"The measurement of a plan that keeps {count} heads is {measured[count]}.")
             return measured[count]
 
         if self.kind == "knee":
             steps = max(1, min(num_points, high - low + 1) - 1)
             curve = [(c, value(c)) for c in sorted({low + (high - low) * i // steps for i in range(steps + 1)})]
-            return round(find_knee(curve, self.degree)), measured
+            return round(find_knee([(c, y) for c, y in curve if not math.isnan(y)], self.degree)), measured
         limit = self.target if self.target is not None else self.keep * value(high)
         if self.kind == "quality":
             if limit <= 0:

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from shrp_hf.record import RECORD_NAME, Measured, RunRecord, Score, kept_heads
 from shrp_hf.report import write_text
+from shrp_hf.tasks.task import shown
 
 CARD_NAME = "README.md"
 
@@ -142,6 +143,7 @@ def _metadata(record: RunRecord, embeds: bool) -> ModelCardData:
             metric_args={"rows": score.total} | ({"interval_95": list(score.interval)} if score.interval else {}),
         )
         for score in record.model.scores
+        if score.value is not None
     ]
     optional: dict[str, Any] = {}
     try:
@@ -151,7 +153,7 @@ def _metadata(record: RunRecord, embeds: bool) -> ModelCardData:
         pass  # a directory: nothing that a reader of the card could follow
     if results:
         optional |= {"eval_results": results, "model_name": _title(record)}
-        optional["metrics"] = [score.metric for score in record.model.scores]
+        optional["metrics"] = [result.metric_type for result in results]
     return ModelCardData(
         library_name="sentence-transformers" if embeds else "transformers",
         pipeline_tag=pipeline,
@@ -188,7 +190,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _score(score: Score) -> str:
     count = f"; {score.correct:,} of {score.total:,}" if score.correct is not None else ""
     interval = f" (95%: {score.interval[0]:.4f} to {score.interval[1]:.4f}{count})" if score.interval else ""
-    return f"{score.value:.4f}{interval}"
+    return f"{shown(score.value)}{interval}"
 
 
 def _quality(record: RunRecord) -> str:
@@ -284,6 +286,8 @@ def _limits(record: RunRecord, embeds: bool) -> str:
 
 
 def _compared(first: Score, model: Score) -> str:
+    if first.value is None or model.value is None:
+        return f"The models are not compared: {first.metric} is undefined for a model whose predictions are constant."
     difference = f"{model.metric} is {abs(model.value - first.value):.4f}"
     text = f"{difference} {'below' if model.value < first.value else 'above'} that of the model it is compared with"
     if first.interval and model.interval and first.interval[0] <= model.interval[1] and model.interval[0] <= first.interval[1]:

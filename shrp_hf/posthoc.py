@@ -134,7 +134,7 @@ def prune_posthoc(
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = _fine_tuned(model_name, task)
     teacher = model if options.teacher is None else _fine_tuned(options.teacher, task)
-    data = task.tokenize(tokenizer, max_length=options.max_length)
+    data = task.tokenize(tokenizer, max_length=options.max_length, model=model)
 
     def quality(plan: KeepPlan) -> float:
         with masked_heads(model, plan):

@@ -10,7 +10,7 @@ from typing import Any, Self
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shrp_hf.benchmark import Z_95, ModelReport, ParameterCount, accuracy_interval
+from shrp_hf.benchmark import ModelReport, ParameterCount, accuracy_interval
 from shrp_hf.environment import command_line, environment
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import CALIBRATION_SAMPLES, Recipe
@@ -19,6 +19,7 @@ from shrp_hf.tasks.task import Task
 
 RECORD_NAME = "shrp_record.json"
 RECORD_VERSION = 1
+_Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Score(_Checked):
 
     Args:
         metric: Its name.
-        value: Its value, accuracy from 0 to 1.
+        value: Its value, accuracy from 0 to 1; None for a correlation that is undefined.
         total: Rows that it was computed over.
         correct: Correct predictions, for an accuracy.
         interval: 95% interval, (low, high); None where none was computed.
@@ -49,7 +50,7 @@ class Score(_Checked):
     """
 
     metric: str
-    value: float
+    value: float | None
     total: int
     correct: int | None = None
     interval: tuple[float, float] | None = None
@@ -70,9 +71,11 @@ class Score(_Checked):
         if metric == "accuracy":
             correct = round(value * total)
             return cls(metric, float(value), total, correct, accuracy_interval(correct, total))
+        if math.isnan(value):
+            return cls(metric, None, total)
         if metric not in ("pearson", "spearmanr") or total <= 3 or abs(value) >= 1:
             return cls(metric, float(value), total)
-        spread = Z_95 * math.sqrt((1 + value**2 / 2 if metric == "spearmanr" else 1) / (total - 3))
+        spread = _Z_95 * math.sqrt((1 + value**2 / 2 if metric == "spearmanr" else 1) / (total - 3))
         low, high = (math.tanh(math.atanh(value) + sign * spread) for sign in (-1, 1))
         return cls(metric, float(value), total, interval=(low, high))
 
@@ -239,6 +242,9 @@ class RunRecord(_Checked):
             Measured.of(row, rows[0], [Score.of(name, value, len(task.test)) for name, value in scores[row.name].items()])
             for row in rows
         ]
+        timing = rows[0].timing
+        if timing is not None:
+            fields.setdefault("shape", (timing.batch_size, timing.length))
         names = (name for name, path in model.auto_classes.items() if path.endswith(f".{type(model).__name__}"))
         return cls(
             auto_class=next(names, "AutoModel"),

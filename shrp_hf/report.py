@@ -11,7 +11,9 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 
 from shrp_hf.benchmark import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.files import written_whole
-from shrp_hf.tasks.task import Task
+from shrp_hf.lengths import num_positions
+from shrp_hf.tasks.baseline import baseline_of
+from shrp_hf.tasks.task import Task, shown
 
 BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
 
@@ -70,8 +72,7 @@ def measure_models(
         timings: Name -> timing, where they were measured in one run already; FLOPs are counted at their shape.
     """
     batch_size, length = BENCHMARK_SHAPE
-    longest = next(iter(models.values())).config.max_position_embeddings
-    length = min(length, longest - 2)  # RoBERTa's positions begin behind the padding index
+    length = min([length, *filter(None, map(num_positions, models.values()))])
     models = {name: model.to("cpu").eval() for name, model in models.items()}
     if timings is None:
         timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds)
@@ -91,7 +92,7 @@ def measure_models(
 
 
 def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str, float]], task: Task) -> str:
-    """Returns Markdown: a table of the models, how they were measured, and all metrics.
+    """Returns Markdown: a table of the models and what reads nothing, how they were measured, and all metrics.
 
     Args:
         rows: From `measure_models`; ratios are against the first.
@@ -99,11 +100,14 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
         task: The task.
     """
     metrics = "\n".join(
-        f"- {row.name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores[row.name].items()) for row in rows
+        f"- {row.name}: " + ", ".join(f"{metric} {shown(value)}" for metric, value in scores[row.name].items()) for row in rows
     )
+    blind, total = baseline_of(task, task.test), len(task.test)
+    metrics += f"\n- {blind.name}: {blind.text()}"
+    correct = (round(blind.metrics["accuracy"] * total), total) if "accuracy" in blind.metrics else None
     timing = rows[0].timing
     where = f"{timing.num_threads} CPU threads" if timing.device == "cpu" else timing.device
-    return f"""{report_table(rows)}
+    return f"""{report_table(rows, (blind.name, correct))}
 
 FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {where}, one run, median
 over {len(timing.seconds)} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole

@@ -10,16 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from shrp_hf.distillation import (
-    hidden_states_loss,
-    logits_loss,
-    recorded_values,
-    student_logits,
-    value_relations_loss,
-)
+from shrp_hf.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
 from shrp_hf.files import writing_to
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
@@ -27,7 +21,7 @@ from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
 from shrp_hf.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.surgery import to_shrp
-from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
+from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, stage_rate
 from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
@@ -52,7 +46,7 @@ class ShrpTrainer(FiniteTrainer):
         model_init: As in Trainer.
         teacher: A model with the same labels that the student follows: its logits, hidden states and value
             relations, each with its weight in the arguments. For the last two it has as many layers or more, and for
-            hidden states the same width.
+            hidden states the same width. It is frozen; where it shares weights with the model, a copy of it is.
         **kwargs: As in Trainer.
 
     Raises:
@@ -76,6 +70,8 @@ class ShrpTrainer(FiniteTrainer):
         self._layers_to_convert: list[int] = []
         self._schedule: StageSchedule | None = None
         self._usage_dataset: Dataset | None = None
+        if teacher is not None:
+            teacher = own_teacher(teacher, model)
         if model is not None:
             model = self._with_expert_layers(model, args)
         if model_init is not None:
@@ -99,7 +95,9 @@ class ShrpTrainer(FiniteTrainer):
             self.model_accepts_loss_kwargs = False
         if self._layers_to_convert:
             self._check_parallelism()
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        if teacher is not None:  # of a model that `model_init` made, nothing is known before
+            teacher = own_teacher(teacher, self.model).to(self.args.device).eval().requires_grad_(False)
+        self.teacher = teacher
         self._window: list[torch.Tensor] = []
         self._entropy_window: dict[int, list[torch.Tensor]] = {}
         self._last_usage: dict[int, list[int]] = {}
@@ -168,8 +166,9 @@ class ShrpTrainer(FiniteTrainer):
         balance_type = args.balance_lr_scheduler_type
         if balance_type == "constant" and warmup:
             balance_type = "constant_with_warmup"
-        balance = _rate(balance_type, warmup, schedule.balance_steps, None)
-        specialise = _rate(args.lr_scheduler_type, 0, num_training_steps - schedule.balance_steps, args.lr_scheduler_kwargs)
+        balance = stage_rate(balance_type, warmup, schedule.balance_steps, None)
+        steps = num_training_steps - schedule.balance_steps
+        specialise = stage_rate(args.lr_scheduler_type, 0, steps, args.lr_scheduler_kwargs)
         ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
 
         def factor(step: int) -> float:
@@ -210,6 +209,21 @@ class ShrpTrainer(FiniteTrainer):
 
     # --- losses ---
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer; says so once if a subclass computes the loss without ours."""
+        self._computed_loss = False
+        loss = super().training_step(*args, **kwargs)
+        is_at_stake = self.teacher is not None or _is_routed(self._shrp_model())
+        if is_at_stake and not self._computed_loss and ("compute_loss", 0) not in self._reported:
+            self._reported.add(("compute_loss", 0))
+            logger.warning(
+                "`%s.compute_loss` does not call ShrpTrainer's: the balance loss of routed layers (unless it is in the "
+                "model's own loss), the teacher's terms and the routing logs are left out. Begin it with "
+                "`super().compute_loss(...)`, or give the loss as `compute_loss_func`.",
+                type(self).__name__,
+            )
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -218,9 +232,10 @@ class ShrpTrainer(FiniteTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The task loss, plus in training the weighted balance loss and the teacher's terms."""
+        self._computed_loss = True
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        teacher_inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
+        given = dict(inputs)  # label smoothing and own losses take the labels out
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
@@ -233,7 +248,7 @@ class ShrpTrainer(FiniteTrainer):
             # The labels were kept from the model (label smoothing, an own loss): its balance loss is not in the loss.
             extra = extra + self._shrp_model().config.router_aux_loss_coef * balance
         if self.teacher is not None:
-            extra = extra + self._teacher_loss(teacher_inputs, outputs, wants_hidden, values)
+            extra = extra + self._teacher_loss(given, outputs, wants_hidden, values)
         if self.compute_loss_func is not None:
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
         self._record(loss if task is None else task, balance, outputs.get("router_logits"))
@@ -250,12 +265,12 @@ class ShrpTrainer(FiniteTrainer):
     def _teacher_loss(
         self, inputs: dict[str, Any], outputs: Any, wants_hidden: bool, values: list[torch.Tensor]
     ) -> torch.Tensor:
-        mask = inputs.get("attention_mask")
+        mask, student = inputs.get("attention_mask"), self.accelerator.unwrap_model(self.model)
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         with torch.no_grad(), self._recorded(self.teacher) as taught_values:
-            taught = self.teacher(**inputs, output_hidden_states=wants_hidden)
-        temperature = self._weight("distillation_temperature")
-        pairs = zip(student_logits(outputs), student_logits(taught), strict=True)
-        loss = self._weight("distillation_logits") * sum(logits_loss(s, t, temperature) for s, t in pairs)
+            taught = self.teacher(**unlabelled, output_hidden_states=wants_hidden)
+        loss = outputs_loss(student, inputs, outputs, taught, self._weight("distillation_temperature"))
+        loss = self._weight("distillation_logits") * loss
         if wants_hidden:
             hidden = hidden_states_loss(outputs.hidden_states, taught.hidden_states, mask)
             loss = loss + self._weight("distillation_hidden_states") * hidden
@@ -272,7 +287,7 @@ class ShrpTrainer(FiniteTrainer):
         self._window.append(torch.stack([task.detach().float(), balance.detach().float()]))
         for layer, logits in zip(self._shrp_model().config.expert_layers, router_logits, strict=True):
             log_p = logits.detach().float().log_softmax(dim=-1)
-            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(logits.shape[-1])
+            entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(max(2, logits.shape[-1]))  # a single expert: 0
             self._entropy_window.setdefault(layer, []).append(entropy)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -302,7 +317,8 @@ class ShrpTrainer(FiniteTrainer):
         return logs
 
     def _report_collapse(self, stage: str, layer: int, counts: list[int], share: float) -> None:
-        if share < COLLAPSE_SHARE or sum(counts) < 2 * len(counts) or (stage, layer) in self._reported:
+        too_few = len(counts) < 2 or sum(counts) < 2 * len(counts)  # experts to choose from, sequences to judge by
+        if share < COLLAPSE_SHARE or too_few or (stage, layer) in self._reported:
             return
         self._reported.add((stage, layer))
         expert = counts.index(max(counts))
@@ -424,19 +440,3 @@ class _StageCallback(TrainerCallback):
 
 def _is_routed(model: Any) -> bool:
     return isinstance(model, ShrpModelMixin) and model.config.is_routed
-
-
-def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:
-    """The factor of one of Transformers' schedules as a function of the step."""
-    if steps <= 0:
-        return lambda step: 0.0
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=options
-    )
-    if not hasattr(schedule, "lr_lambdas"):
-        name = getattr(name, "value", name)
-        raise ValueError(
-            f"The learning-rate schedule `{name}` cannot be laid over a stage: choose one such as linear or cosine."
-        )
-    return schedule.lr_lambdas[0]

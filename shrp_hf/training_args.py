@@ -1,9 +1,12 @@
 """Arguments of ShrpTrainer, and the schedule that follows from them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
 
 _ORDERS = ("last_first", "first_first")
 _STOCK_EPOCHS = 3.0
@@ -51,7 +54,7 @@ class ShrpTrainingArguments(TrainingArguments):
         experts_per_sequence: Top-k of the routers of newly converted layers.
         router_pooling: "mean" or "cls"; what the routers of newly converted layers look at.
         usage_holdout: Share of the training set that is not trained on and on which `usage_plan` counts.
-        distillation_logits: With a teacher: weight of the divergence of the logits, T^2 KL (MSE for regression).
+        distillation_logits: With a teacher: weight of the logits' term, by the kind of task (see `logits_loss`).
         distillation_hidden_states: With a teacher: weight of the mean squared error of every layer's hidden states.
         distillation_value_relations: With a teacher: weight of the divergence of every layer's value relations.
         distillation_temperature: Temperature T of the logits.
@@ -213,6 +216,32 @@ class ShrpTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`{kwargs_name}={kwargs}` cannot be used while layers are pending: set `use_reentrant` to False."
                 )
+
+
+def stage_rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[[int], float]:
+    """Returns the factor of one of Transformers' schedules as a function of the step.
+
+    Args:
+        name: A schedule's name.
+        warmup: Steps of warm-up.
+        steps: Steps in all.
+        options: The schedule's own.
+
+    Raises:
+        ValueError: The schedule looks at more than the step.
+    """
+    if steps <= 0:
+        return lambda step: 0.0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=options
+    )
+    if not hasattr(schedule, "lr_lambdas"):
+        name = getattr(name, "value", name)
+        raise ValueError(
+            f"The learning-rate schedule `{name}` cannot be laid over a stage: choose one such as linear or cosine."
+        )
+    return schedule.lr_lambdas[0]
 
 
 def recovery_arguments(output_dir: str, **overrides: Any) -> ShrpTrainingArguments:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -76,7 +77,7 @@ class Workflow:
         data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
         claim(output, {"model": model_name, **data, **asdict(options)})
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
-        self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
+        self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=AutoConfig.from_pretrained(model_name))
         self.setup = Setup(
             self.data,
             self.tokenizer,

@@ -300,6 +300,14 @@ def test_timing_training_leaves_the_models_as_they_were():
         pytest.param(BertModel, BertConfig(**TINY), id="base model"),
         pytest.param(BertForSequenceClassification, BertConfig(**TINY), id="classifier"),
         pytest.param(BertForSequenceClassification, BertConfig(**TINY, num_labels=1), id="regressor"),
+        pytest.param(
+            BertForSequenceClassification, BertConfig(**TINY, num_labels=3, problem_type="regression"), id="three numbers"
+        ),
+        pytest.param(
+            BertForSequenceClassification,
+            BertConfig(**TINY, num_labels=3, problem_type="multi_label_classification"),
+            id="several labels",
+        ),
         pytest.param(RobertaForMaskedLM, RobertaConfig(**TINY), id="language model"),
     ],
 )
@@ -364,6 +372,13 @@ def test_accuracy_interval_against_published_values(num_correct, total, expected
 def test_accuracy_interval_solves_the_score_equation():
     for bound in accuracy_interval(37, 120):
         assert abs(37 / 120 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 120), rel=1e-5)
+
+
+def test_accuracy_interval_holds_none_and_all_correct_whatever_the_number_of_rows():
+    for total in range(1, 3001):
+        assert accuracy_interval(0, total)[0] == 0
+        assert accuracy_interval(total, total)[1] == 1
+        assert 0 < accuracy_interval(0, total)[1] == pytest.approx(1 - accuracy_interval(total, total)[0], abs=1e-12)
 
 
 @pytest.mark.parametrize(("num_correct", "total"), [(0, 0), (-1, 5), (6, 5)])

@@ -1,5 +1,6 @@
 """A budget says a count, or finds by measuring the count that meets it."""
 
+import math
 import re
 
 import pytest
@@ -134,3 +135,18 @@ SHARE = "must be a share above 0 and at most 1, got"
 def test_bad_budgets_are_refused(build, message):
     with pytest.raises(ValueError, match=exact(message)):
         build()
+
+
+def test_quality_that_is_undefined_for_few_heads_is_too_low():
+    def quality(count):
+        return float("nan") if count < 4 else count / 9
+
+    assert Budget.quality(quality, keep=0.3).search(identity, 1, 9)[0] == 4
+
+    def rising(count):
+        return float("nan") if count < 3 else min(count, 10) / 10
+
+    bends = [(count, rising(count)) for count in range(1, 17)]
+    found, measured = Budget.knee(2, rising).search(identity, 1, 16)
+    assert found == round(find_knee(bends[2:], 2))
+    assert math.isnan(measured[1])

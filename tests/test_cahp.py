@@ -217,3 +217,18 @@ def test_too_many_clusters_are_refused():
     selector.select(bert(), text_batches())
     with pytest.raises(ValueError, match=exact(message)):
         selector.keep(17)
+
+
+def test_the_seed_reaches_the_plane():
+    features = torch.rand(16, 30, dtype=torch.float64)
+    gram = features @ features.T
+    planes = [embed(gram, seed=seed) for seed in (0, 0, 1)]
+    assert np.array_equal(planes[0], planes[1])
+    assert not np.allclose(planes[0], planes[2])
+
+
+def test_salience_of_zero_is_refused():
+    model = bert()
+    torch.nn.init.zeros_(model.classifier.weight)
+    with pytest.raises(ValueError, match="^The salience of every head is 0, which chooses nothing: check that "):
+        CahpSelector(budget=Budget.heads(8), perplexity=5, **OPTIONS).select(model, text_batches())

@@ -63,7 +63,7 @@ def quick(monkeypatch):
 
 def comparison(work, output, grid, **settings):
     task = load_task("sst2", work)
-    return Comparison(Settings(str(work / "model"), **(SETTINGS | settings)), grid, task, output)
+    return Comparison(Settings(str(work / "model"), **(SETTINGS | settings)), grid, task, output, force=True)
 
 
 FULL = Grid(
@@ -262,11 +262,33 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     assert "random, 6 heads" in page
 
 
+@pytest.mark.parametrize("undefined", ["one seed", "all", "dense"])
+def test_undefined_metrics_are_said_and_left_out_of_pictures(undefined, compared, tmp_path):
+    """As of a correlation, where all predictions are one number."""
+    (tmp_path / "cells").mkdir()
+    for path in (compared / "cells").glob("*.json"):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        is_chosen = cell["method"] == ("dense" if undefined == "dense" else "random")
+        if is_chosen and (undefined != "one seed" or cell["seed"] == 1):
+            cell["metrics"]["accuracy"] = cell["held_out"]["accuracy"] = None
+        (tmp_path / "cells" / path.name).write_text(json.dumps(cell), encoding="utf-8")
+    written = {path.name: path for path in write_results(tmp_path)}
+    table = written["table.md"].read_text(encoding="utf-8")
+    assert "nan" not in table
+    start = "| dense |" if undefined == "dense" else "| random, 6 heads | 0 recovery |"
+    (line,) = [line for line in table.splitlines() if line.startswith(start)]
+    count = "1 of 2" if undefined == "one seed" else "2 of 2"
+    assert f"| undefined: constant predictions ({count} seeds) | {'-' if undefined == 'dense' else 'undefined'}" in line
+    assert ",,," in written["cells.csv"].read_text(encoding="utf-8")
+
+
 def test_estimate_by_hand():
     assert estimate([0.5]).margin is None
     three = estimate([1.0, 2.0, 3.0])
     assert (three.mean, three.num) == (2.0, 3)
     assert three.margin == pytest.approx(4.302652730 / math.sqrt(3), rel=1e-6)
+    assert estimate([None]).text() == "undefined: constant predictions"
+    assert estimate([1.0, math.nan, None]).text() == "undefined: constant predictions (2 of 3 seeds)"
     with pytest.raises(ValueError, match="at least one number"):
         estimate([])
 
@@ -480,7 +502,7 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
         Grid(expert_layers=(1,)).check(ModelShape(3, 4, has_expert_layers=False))
     grid = Grid(selectors=("cahp",), heads=(6,))
     with pytest.raises(ValueError, match="compares classes, but the task is a regression: leave it out"):
-        grid.check(ModelShape(3, 4, is_regression=True))
+        grid.check(ModelShape(3, 4, has_classes=False))
     monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
         grid.check(SHAPE)
@@ -519,7 +541,7 @@ def test_grids_of_a_directory_are_worked_on_in_their_order(work, tmp_path, quick
 
 @pytest.mark.parametrize("task", page.TASKS)
 def test_grids_of_the_results_page_suit_its_model(task):
-    shape = ModelShape(6, 12, is_regression=task == "stsb")
+    shape = ModelShape(6, 12, has_classes=task != "stsb")
     for grid in page.grids(task, (0, 1, 2)):
         grid.check(shape)
     page.settings(task, "model")

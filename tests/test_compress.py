@@ -1,6 +1,7 @@
 """Compression to a target: which candidates are tried, which is kept, what is written, what is refused."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ from typer.testing import CliRunner
 
 from shrp_hf import cli
 from shrp_hf.benchmark import Timing, count_flops
-from shrp_hf.compress import Candidate, Compression, CompressOptions, Targets, Trial
+from shrp_hf.compress import Candidate, Compression, CompressOptions, Targets, Trial, verdict
 from shrp_hf.compress import run as compress_run
 from shrp_hf.compress.candidates import candidates, untrained, worthwhile
 from shrp_hf.compress.search import best, check_reachable, search
+from shrp_hf.compress.verdict import Verdict
 from shrp_hf.recipes import Recipe
 from shrp_hf.surgery import to_shrp
 from shrp_hf.tasks import Task
@@ -222,6 +224,23 @@ def test_unreachable_speed_names_the_best():
 def test_targets_out_of_range_are_refused(speedup, keep_quality, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Targets(speedup, keep_quality)
+
+
+def test_undefined_quality_is_neither_the_best_nor_a_number():
+    found = [Trial(Candidate(n, 1), quality, quality / 0.8, 2.0 + n) for n, quality in ((1, 0.4), (2, math.nan), (3, 0.3))]
+    for targets in (Targets(speedup=1.5), Targets(speedup=9), Targets(keep_quality=0.1), Targets(keep_quality=0.9)):
+        for order in (found, found[::-1], found[1:] + found[:1]):
+            assert not math.isnan(best(order, targets).quality)
+    assert not found[1].meets(Targets(keep_quality=0.1))
+    speeds = {trial.candidate: trial.speedup for trial in found}
+    judged = Verdict("org/model", QUICK, 3, 0.8, speeds, tuple(found), found[1])
+    (line,) = [line for line in verdict._trial_table(judged, TASK).splitlines() if line.startswith("| 2x1 |")]
+    assert line.endswith("| undefined: constant predictions | - | **chosen** |")
+    none = verdict.Reported(0.8, (0.7, 0.9), math.nan, (math.nan, math.nan), math.nan, (math.nan, math.nan))
+    text = verdict._headline(judged, "pearson") + verdict._on_reported_rows("pearson", Targets(keep_quality=0.5), none)
+    assert "pearson is (undefined: constant predictions) against 0.8000 (95% interval 0.7000 to 0.9000) dense" in text
+    assert "**does not hold** there" in text
+    assert "nan" not in text
 
 
 # --- the whole job ---

@@ -1,11 +1,20 @@
 """The terms of distillation against values by hand, and in the trainer's loss."""
 
+import copy
 import math
 import re
 
 import pytest
 import torch
-from transformers import BertForQuestionAnswering, TrainingArguments
+import transformers
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForPreTraining,
+    TrainingArguments,
+)
 
 from shrp_hf.distillation import (
     hidden_states_loss,
@@ -19,7 +28,7 @@ from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
 from shrp_hf.surgery import to_shrp
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
-from tests.tiny import NO_DROPOUT, SIZES, batch, tiny_bert, tiny_routed
+from tests.tiny import NO_DROPOUT, SIZES, batch, randomize_, tiny_bert, tiny_routed
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -38,8 +47,48 @@ def test_logits_loss_by_hand(temperature):
     assert two.item() == pytest.approx(expected / 2, abs=1e-6)  # the mean over tokens, of which one agrees
 
 
-def test_logits_loss_of_a_regression_is_the_squared_error():
-    assert logits_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]]), 2.0).item() == 2.5
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_logits_loss_of_a_regression_is_the_squared_error(num_outputs):
+    student, teacher = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]])
+    student, teacher = (x.expand(2, num_outputs) for x in (student, teacher))
+    assert logits_loss(student, teacher, 2.0, "regression").item() == 2.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_logits_loss_of_several_labels_by_hand(temperature):
+    student, teacher = [0.5, -1.0, 2.0], [1.0, 0.0, -0.5]
+
+    def sigmoid(logit):
+        return 1 / (1 + math.exp(-logit / temperature))
+
+    terms = [
+        -sigmoid(t) * math.log(sigmoid(s)) - (1 - sigmoid(t)) * math.log(1 - sigmoid(s))
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    logits = (torch.tensor([x], dtype=torch.float64) for x in (student, teacher))
+    loss = logits_loss(*logits, temperature, "multi_label_classification")
+    assert loss.item() == pytest.approx(temperature**2 * sum(terms) / 3, abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["regression", "single_label_classification", "multi_label_classification"])
+def test_logits_that_do_not_count_are_as_if_they_were_not_there(kind):
+    student, teacher = torch.randn(2, 2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    alone = logits_loss(student[mask == 1], teacher[mask == 1], 2.0, kind)
+    assert logits_loss(student, teacher, 2.0, kind, mask).item() == pytest.approx(alone.item(), abs=1e-10)
+    assert logits_loss(student, teacher, 2.0, kind, torch.zeros(2, 4)).item() == 0
+
+
+def test_classes_that_may_not_be_chosen_are_as_if_they_were_not_there():
+    student, teacher = torch.randn(2, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_(True)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    loss = logits_loss(student, teacher, 0.5, mask=mask)
+    alone = logits_loss(student[:, :3], teacher[:, :3], 0.5)
+    assert loss.item() == pytest.approx(alone.item(), abs=1e-10)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
+    assert (gradient[:, 3:] == 0).all()
 
 
 def test_hidden_states_loss_by_hand():
@@ -170,8 +219,135 @@ def test_spans_are_distilled_at_both_ends(tmp_path):
     loss, output = trainer.compute_loss(student, dict(inputs), return_outputs=True)
     with torch.no_grad():
         taught = teacher(**batch())
-    ends = (logits_loss(output[name], taught[name], 2.0) for name in ("start_logits", "end_logits"))
+    ends = [logits_loss(output[n], taught[n], 2.0, mask=inputs["attention_mask"]) for n in ("start_logits", "end_logits")]
     torch.testing.assert_close(loss, output.loss + sum(ends))
+
+
+def with_other_padding(inputs):
+    """The same sentences with other token ids where nothing is read."""
+    return inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 5)}
+
+
+TASKS = {
+    "several labels": (BertForSequenceClassification, "multi_label_classification", (torch.arange(15) % 2).view(5, 3).float()),
+    "three numbers": (BertForSequenceClassification, "regression", torch.arange(15.0).view(5, 3)),
+    "classes": (BertForSequenceClassification, "single_label_classification", torch.arange(5) % 3),
+    "number": (BertForSequenceClassification, "regression", torch.arange(5.0)),
+    "choices": (BertForMultipleChoice, "single_label_classification", torch.arange(5) % 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_stated"),
+    # Transformers, too, takes labels of floats for several labels at once where its config does not say.
+    [(name, is_stated) for name in TASKS for is_stated in (True, False) if is_stated or name != "three numbers"],
+)
+def test_kind_of_task_decides_the_logits_term(name, is_stated, tmp_path):
+    head, kind, labels = TASKS[name]
+    size = {"num_labels": 1} if labels.dtype == torch.float and labels.dim() == 1 else {}
+    is_classifier = head is BertForSequenceClassification
+    student, teacher = (tiny_bert(head, seed=s, dtype=torch.float64, **size, **NO_DROPOUT) for s in (7, 5))
+    if is_stated and is_classifier:
+        student.config.problem_type = kind
+    inputs = batch()
+    if not is_classifier:
+        inputs = {name: torch.stack([value, value.flip(0)], dim=1) for name, value in inputs.items()}
+    labels = labels.double() if labels.is_floating_point() else labels
+    trainer = distilling(tmp_path, student, teacher, distillation_hidden_states=0.0)
+    loss = trainer.compute_loss(student, inputs | {"labels": labels})
+    output = student(**inputs, labels=labels)
+    expected = output.loss + logits_loss(output.logits, teacher(**inputs).logits, 2.0, kind)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForMaskedLM", "ElectraForPreTraining"])
+def test_padding_and_ignored_tokens_are_left_out_of_distillation(name, tmp_path):
+    if name == "ElectraForPreTraining":
+        config = ElectraConfig(**SIZES, embedding_size=16)
+        student, teacher = (ElectraForPreTraining._from_config(config).double() for _ in range(2))
+        for model, seed in ((student, 7), (teacher, 5)):
+            randomize_(model, seed=seed)
+    else:
+        head = getattr(transformers, name)
+        student, teacher = (tiny_bert(head, seed=seed, dtype=torch.float64, **NO_DROPOUT) for seed in (7, 5))
+    student.config.update(dict.fromkeys(NO_DROPOUT, 0.0))
+    inputs = batch()
+    labels = torch.arange(45).view(5, 9) % (2 if name.startswith("Electra") else 3)
+    if not name.startswith("Electra"):  # whose own loss does not know of -100
+        labels[inputs["attention_mask"] == 0] = -100
+        labels[:, 0] = -100  # a special token
+        labels[3, 3:5] = -100
+    trainer = distilling(tmp_path, student, teacher, distillation_hidden_states=0.5, distillation_value_relations=0.5)
+    student.eval()  # dropout off; `compute_loss` adds its terms in training only
+    student.training = True
+    given, other = inputs | {"labels": labels}, with_other_padding(inputs) | {"labels": labels}
+    loss = trainer.compute_loss(student, dict(given))
+    torch.testing.assert_close(loss, trainer.compute_loss(student, other), rtol=0, atol=1e-10)
+    counts = (labels != -100) & (inputs["attention_mask"] == 1)
+    with torch.no_grad():
+        (s, t) = (model(**inputs)["logits"] for model in (student, teacher))
+    kind = "single_label_classification"
+    if name.startswith("Electra"):
+        s, t, kind = s.unsqueeze(-1), t.unsqueeze(-1), "multi_label_classification"
+    weights = {"distillation_hidden_states": 0.0, "distillation_value_relations": 0.0}
+    alone = distilling(tmp_path, student, teacher, **weights)
+    student.eval()
+    student.training = True
+    term = alone.compute_loss(student, dict(given)) - student(**given).loss
+    torch.testing.assert_close(term, logits_loss(s[counts], t[counts], 2.0, kind), rtol=0, atol=1e-10)
+
+
+def test_relations_of_choices_are_those_of_their_sequences(tmp_path):
+    student, teacher = (tiny_bert(BertForMultipleChoice, seed=seed, **NO_DROPOUT) for seed in (7, 5))
+    inputs = {name: torch.stack([value, value.flip(0)], dim=1) for name, value in batch().items()}
+    trainer = distilling(tmp_path, student, teacher, distillation_value_relations=1.0)
+    loss = trainer.compute_loss(student, inputs | {"labels": torch.zeros(5, dtype=torch.long)})
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_routed, lambda: to_shrp(tiny_bert())], ids=["stock", "routed", "shrp"])
+@pytest.mark.parametrize("shares", [lambda m: m, copy.copy], ids=["the model itself", "its weights"])
+def test_teacher_that_is_the_model_is_copied(build, shares, tmp_path):
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = distilling(tmp_path, model, shares(model), num_expert_layers=2)
+    ours, taught = trainer.model.state_dict(), trainer.teacher.state_dict()
+    assert not {v.data_ptr() for v in ours.values()} & {v.data_ptr() for v in taught.values()}
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert before.keys() == taught.keys()
+    assert all(torch.equal(before[name], taught[name]) for name in before)
+
+
+def test_teacher_that_shares_weights_with_what_model_init_makes_is_copied(tmp_path):
+    model = tiny_bert()
+    args = ShrpTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    trainer = ShrpTrainer(model_init=lambda: model, args=args, teacher=model)
+    assert trainer.teacher is not model
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_teacher_of_its_own_is_not_copied(tmp_path):
+    teacher = tiny_bert(seed=5)
+    assert distilling(tmp_path, tiny_routed(2), teacher).teacher is teacher
+
+
+def test_teacher_with_other_labels_or_another_problem_is_refused(tmp_path):
+    student, teacher = tiny_bert(), tiny_bert(seed=5)
+    student.config.id2label, teacher.config.id2label = ({i: n for i, n in enumerate(names)} for names in ("abc", "cba"))
+    with pytest.raises(ValueError, match=r"^`teacher` has the labels \{0: 'c'.* the same in another order: load the model"):
+        distilling(tmp_path, student, teacher)
+    teacher.config.id2label = student.config.id2label
+    student.config.problem_type, teacher.config.problem_type = "regression", "multi_label_classification"
+    message = "^`teacher` has the `problem_type` 'multi_label_classification', the model 'regression': they must be the same.$"
+    with pytest.raises(ValueError, match=message):
+        distilling(tmp_path, student, teacher)
+
+
+def test_teacher_of_another_head_is_refused(tmp_path):
+    student, inputs = tiny_routed(2), batch() | {"labels": torch.arange(5) % 3}
+    trainer = distilling(tmp_path, student, tiny_bert(BertForQuestionAnswering, seed=5))
+    with pytest.raises(ValueError, match=r"^The teacher gives \['start_logits', .* they must have the same task head\.$"):
+        trainer.compute_loss(student, inputs)
 
 
 def test_teacher_of_another_task_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("files",),
+    ("files", "lengths", "outputs"),
     ("_version", "plan", "budget", "numerics"),
     ("models", "environment"),
     ("families", "training_args", "usage"),

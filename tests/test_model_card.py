@@ -1,6 +1,7 @@
 """The record beside a model, and the card that says what is in it and nothing else."""
 
 import json
+import math
 import re
 from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
@@ -276,6 +277,26 @@ def test_intervals_of_correlations_are_those_of_scipy():
     low, high = Score.of("spearmanr", pearson.statistic, 50).interval
     assert low < score.interval[0] < score.interval[1] < high
     assert Score.of("spearmanr", 1.0, 50).interval is None
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_scores_of_none_and_all_correct_have_an_interval(share):
+    for total in range(1, 3001, 7):
+        low, high = Score.of("accuracy", share, total).interval
+        assert low <= share <= high
+
+
+def test_undefined_correlation_is_reported_as_such(folder, record):
+    score = Score.of("pearson", math.nan, 100)
+    assert (score.value, score.interval) == (None, None)
+    measured = tuple(replace(m, scores=(score,)) for m in record.measured)
+    undefined = replace(record, measured=measured)
+    assert RunRecord.from_json(undefined.to_json()) == undefined
+    assert "NaN" not in undefined.to_json()
+    text = text_of(folder, undefined)
+    assert "| pearson | undefined: constant predictions | undefined: constant predictions |" in text
+    assert "The models are not compared: pearson is undefined for a model whose predictions are constant" in text
+    assert ModelCard.load(folder / "README.md").data.eval_results is None
 
 
 def test_stock_model_keeps_all():

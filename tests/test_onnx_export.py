@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -238,12 +239,50 @@ def logits(*rows):
             0.75,
             id="labels",
         ),
+        # As many classes, or labels, as the batch has tokens.
+        pytest.param("SequenceClassification", {}, [[1, 2], [3, 0]], [[0, 1], [0, 1]], [[1, 0], [1, 1]], 0.5, id="classes, 2"),
+        pytest.param(
+            "SequenceClassification",
+            {"problem_type": "multi_label_classification"},
+            [[1, -2], [3, 1]],
+            [[1, -2], [3, -1]],
+            [[1, 0], [1, 0]],
+            0.75,
+            id="labels, 2",
+        ),
+        pytest.param(
+            "SequenceClassification",
+            {"problem_type": "regression"},
+            [[0, 5], [2, 9]],
+            [[0, 5], [1, 9]],
+            None,
+            0.9,
+            id="two numbers",
+        ),
+        pytest.param("MultipleChoice", {}, [[1, 2], [3, 0]], [[0, 1], [0, 1]], [[1, 0], [1, 1]], 0.5, id="choices"),
     ],
 )
 def test_agreement(head, fields, expected, found, mask, share):
     model = stock("bert", head) if head != "SequenceClassification" else tiny_bert(**fields)
     batches = [{} if mask is None else {"attention_mask": np.array(mask)}]
     assert check.agreement(model, batches, logits(*expected), logits(*found))[1] == pytest.approx(share)
+
+
+def test_agreement_with_one_number_for_all_is_undefined():
+    measured = check.agreement(tiny_bert(num_labels=1), [{}], logits([2], [2]), logits([2], [2]))
+    assert math.isnan(measured[1])
+    with pytest.raises(RuntimeError, match=r"^The agreement of the int8 file \(1 - error / variance\) is undefined: "):
+        export._check_int8(measured, 0.9)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 4, 5, 6, 7, 8])
+def test_int8_of_a_classifier_is_compared_whatever_its_number_of_classes(num_labels):
+    """On batches in which some sentence has as many tokens as there are classes."""
+    model = tiny_bert(num_labels=num_labels)
+    batches = [batch for batch in check.make_batches(model, None, ())]
+    batches += [{name: array[:1, :num_labels] for name, array in batch.items()} for batch in batches]
+    answers = [check.torch_outputs(model, ["logits"], batch) for batch in batches]
+    assert check.agreement(model, batches, answers, answers) == ("equal classes", 1.0)
 
 
 def test_agreement_of_spans_and_vectors():

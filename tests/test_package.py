@@ -1,5 +1,6 @@
 """What is installed, what importing costs, and that every public name says what it is."""
 
+import ast
 import inspect
 import shutil
 import subprocess
@@ -31,6 +32,17 @@ def test_import_is_quiet_and_loads_nothing_optional():
     surplus = loaded & (OPTIONAL | ONLY_THE_COMMAND_LINE)
     # Some releases of Transformers import scikit-learn and rich themselves.
     assert not surplus or surplus <= loaded_by("from transformers import AutoModelForMaskedLM, BertModel, Trainer")
+
+
+def test_scipy_is_imported_where_it_is_used():
+    """Transformers may load it all the same, so what importing loads says nothing about ours."""
+    named = {
+        path.name
+        for path in (ROOT / "shrp_hf").rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "scipy" in ast.unparse(node)
+    }
+    assert named == {"metrics.py"}  # which Task imports when it computes
 
 
 @pytest.fixture(scope="module")

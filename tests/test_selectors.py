@@ -215,6 +215,59 @@ def test_min_max_ignores_missing_heads_and_survives_equal_scores():
     assert min_max(torch.ones(2, 2)).tolist() == [[0, 0], [0, 0]]
 
 
+def silent():
+    """A model whose loss no head can change."""
+    model = bert()
+    torch.nn.init.zeros_(model.classifier.weight)
+    return model
+
+
+@pytest.mark.parametrize("selector_class", [HisSelector, HiesSelector])
+def test_importance_of_zero_is_refused(selector_class):
+    selector = selector_class(budget=Budget.heads(6))
+    message = (
+        "The importance of every head is 0, which chooses nothing: check that the model has learned the task, that the "
+        "batches carry its labels, and that some of them are hard enough to give a gradient; score in float32, or take a "
+        "selector that needs no gradient (entropy, magnitude, random)."
+    )
+    with pytest.raises(ValueError, match=exact(message)):
+        selector.select(silent(), text_batches())
+    with pytest.raises(ValueError, match="Nothing is scored yet"):
+        selector.plan()
+    assert EntropySelector(budget=Budget.heads(6)).select(silent(), text_batches()).num_kept == 6
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.0, "every head is 0"), (torch.inf, "a head is infinite")])
+def test_weights_that_tell_nothing_are_refused(value, found):
+    model = bert()
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention
+        for module in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense):
+            torch.nn.init.constant_(module.weight, value)
+    with pytest.raises(ValueError, match=f"^The weight magnitude of {found}, which chooses nothing: "):
+        MagnitudeSelector(budget=Budget.heads(6)).select(model)
+
+
+def test_undefined_quality_is_never_the_best_alpha():
+    model, batches = bert(), text_batches()
+    grid = {0.0: float("nan"), 0.5: 0.25, 0.9: 0.5}
+    values = iter(grid.values())
+    selector = HiesSelector(budget=Budget.heads(6), alpha="search", grid=tuple(grid), evaluate=lambda plan: next(values))
+    selector.select(model, batches)
+    assert selector.best_alpha == 0.9
+    selector = HiesSelector(budget=Budget.heads(6), alpha="search", evaluate=lambda plan: float("nan"))
+    with pytest.raises(ValueError, match="^`evaluate` gives NaN for every alpha of `grid`"):
+        selector.select(model, batches)
+
+
+@pytest.mark.parametrize("name", ["entropy", "hies", "his", "magnitude"])
+def test_one_head_a_layer_has_finite_scores(name):
+    model = BertForSequenceClassification(BertConfig(**CONFIG | {"num_attention_heads": 1}))
+    selector = SELECTORS[name](budget=Budget.heads(2), min_heads_per_layer=0)
+    assert selector.select(model, text_batches()).num_kept == 2
+    assert selector.scores.isfinite().all()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
 def test_hies_follows_its_formula(alpha):
     model, batches = bert(), text_batches()

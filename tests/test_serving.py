@@ -226,8 +226,6 @@ def test_what_does_not_suit_is_refused(models):
         measure_serving({}, ServingOptions())
     with pytest.raises(ValueError, match=r"^`texts` need a text model with its tokenizer, and BertFor.* has none\.$"):
         measure_serving({"dense": (models["dense"][0], None)}, ServingOptions(shapes=(), texts=TEXTS))
-    with pytest.raises(ValueError, match="`length` must be at most"):
-        measure_serving(models, ServingOptions(shapes=((1, 4000),)))
 
 
 # --- the command and the project's own benchmark ---

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from shrp_hf.tasks import TASK_NAMES, Task, load_task
 from shrp_hf.tasks import sources as sources_module
 from shrp_hf.tasks.metrics import METRICS
 from shrp_hf.tasks.splits import cut_by_text, cut_whole_sentences
+from shrp_hf.tasks.task import for_json, shown
 
 
 def write_tsv(path, header, rows):
@@ -358,9 +360,8 @@ def test_bad_arguments_are_refused(data_dir, monkeypatch):
         # Nothing but class 0 among three: the average still runs over the classes seen.
         (3, [0, 0], [0, 0], {"accuracy": 1.0, "f1": 1.0}),
         (1, [1.0, 2.0, 4.0], [1.0, 3.0, 2.0], {"pearson": 0.5 / math.sqrt(7 / 3), "spearmanr": 0.5}),
-        (1, [2.0, 2.0, 2.0], [1.0, 3.0, 2.0], {"pearson": 0.0, "spearmanr": 0.0}),
     ],
-    ids=["two classes", "three classes", "one class seen", "regression", "constant"],
+    ids=["two classes", "three classes", "one class seen", "regression"],
 )
 def test_metrics_equal_hand_values(num_labels, predicted, labels, expected):
     task = toy_task(num_labels, tuple(expected))
@@ -368,6 +369,39 @@ def test_metrics_equal_hand_values(num_labels, predicted, labels, expected):
     for predictions in (logits, (logits, np.zeros(3))):
         measured = task.compute_metrics(EvalPrediction(predictions=predictions, label_ids=np.array(labels)))
         assert measured == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels"),
+    [
+        ([2.0, 2.0, 2.0], [1.0, 3.0, 2.0]),
+        # What one constant is made of in float32, by the batch.
+        ([2.0, 2.0 + 2**-22, 2.0 - 2**-22], [1.0, 3.0, 2.0]),
+        ([1.0, 3.0, 2.0], [2.0, 2.0, 2.0]),
+        ([0.0, 0.0], [0.0, 1.0]),
+        ([1.0], [2.0]),
+    ],
+    ids=["constant", "but for rounding", "labels", "zero", "one row"],
+)
+def test_correlation_of_a_constant_is_undefined_not_a_number(predicted, labels):
+    task = toy_task(1, ("pearson", "spearmanr"))
+    prediction = EvalPrediction(predictions=np.array(predicted)[:, None], label_ids=np.array(labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured = task.compute_metrics(prediction)
+    assert set(measured) == {"pearson", "spearmanr"}
+    assert all(math.isnan(value) for value in measured.values())
+    assert {shown(value) for value in measured.values()} == {"undefined: constant predictions"}
+    assert for_json({"a": measured, "b": (1.0, math.inf)}) == {"a": dict.fromkeys(measured), "b": [1.0, None]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits = np.zeros((3, 2))
+    logits[1, 1] = value
+    message = r"^`prediction` holds logits that are not finite, first in row 1 \(1 of 3\): a weight is damaged, "
+    with pytest.raises(ValueError, match=message):
+        toy_task(2, ("accuracy",)).compute_metrics(EvalPrediction(predictions=logits, label_ids=np.zeros(3, dtype=int)))
 
 
 @pytest.mark.parametrize(

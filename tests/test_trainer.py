@@ -265,6 +265,35 @@ def test_own_loss_function_keeps_the_balance_loss_and_its_scale(tmp_path):
     torch.testing.assert_close(gradients(compute_loss_func=cross_entropy), gradients(), rtol=0, atol=1e-10)
 
 
+class OwnLoss(ShrpTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class ScaledLoss(ShrpTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "build", "teacher", "times"),
+    [
+        pytest.param(OwnLoss, routed, None, 1, id="routed"),
+        pytest.param(OwnLoss, bert, bert, 1, id="taught"),
+        pytest.param(OwnLoss, bert, None, 0, id="nothing to lose"),
+        pytest.param(ScaledLoss, routed, bert, 0, id="calls ours"),
+    ],
+)
+def test_own_loss_without_ours_is_warned_about_once(trainer_class, build, teacher, times, tmp_path, caplog):
+    args = ShrpTrainingArguments(tmp_path, **(STOCK | {"max_steps": 3}))
+    trainer_class(build(), args, train_dataset=DATA, teacher=teacher and teacher(seed=5)).train()
+    said = [message for message in caplog.messages if "compute_loss` does not call ShrpTrainer's: " in message]
+    assert len(said) == times
+    assert all(message.startswith("`OwnLoss.") for message in said)
+
+
 def test_bfloat16_on_the_cpu_trains(tmp_path):
     trainer = trainer_for(tmp_path, num_expert_layers=2, bf16=True)
     trainer.train()

@@ -14,7 +14,7 @@ from shrp_hf.surgery import to_shrp
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
 from tests.tiny import examples, force_experts_, randomize_, same_state, tiny_routed
-from tests.tiny_training import DATA, SHRP, STOCK, bert, trainer_for
+from tests.tiny_training import DATA, SHRP, STOCK, bert, logged, trainer_for
 
 # The old name of the option works with every release that we support.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -99,6 +99,16 @@ def test_collapse_is_reported_once_a_stage(tmp_path, caplog):
         "Expert 3 of layer 2 takes 100% of the sequences in stage specialise: keeping one expert loses little there. If "
         "several are to stay, raise `balance_coef` or shorten stage specialise.",
     ]
+
+
+def test_a_single_expert_has_no_entropy_and_cannot_collapse(tmp_path, caplog):
+    trainer = trainer_for(tmp_path, bert(num_attention_heads=1), num_expert_layers=2)
+    trainer.train()
+    values = [value for i in (1, 2) for value in logged(trainer, f"routing_entropy/layer_{i}")]
+    assert len(values) == 10
+    assert set(values) == {0.0}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert trainer.usage_plan().num_kept == 3
 
 
 def test_balanced_routing_is_not_reported(tmp_path, caplog):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shrp_hf.lengths import num_positions
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -95,8 +97,8 @@ def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0)
         size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
         pixels = torch.randn(batch_size, config.num_channels, *size, generator=generator)
         return {"pixel_values": pixels.to(weight.device, weight.dtype)}
-    longest = getattr(config, "max_position_embeddings", length)
-    if length > longest:
+    longest = num_positions(model)
+    if longest is not None and length > longest:
         raise ValueError(f"`length` must be at most {longest}, the positions that the model has, got {length}.")
     ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     ids[ids == config.pad_token_id] = ((config.pad_token_id or 0) + 1) % config.vocab_size

@@ -1,14 +1,11 @@
 """Models side by side: a row each, ratios against the first."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from shrp_hf.benchmark.cost import ParameterCount
 from shrp_hf.benchmark.timing import Timing
-
-Z_95 = 1.959963984540054
 
 
 def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
@@ -21,11 +18,10 @@ def accuracy_interval(num_correct: int, total: int) -> tuple[float, float]:
     """
     if total < 1 or not 0 <= num_correct <= total:
         raise ValueError(f"`num_correct` must be from 0 to `total`, and `total` at least 1, got {num_correct} of {total}.")
-    share = num_correct / total
-    spread = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
-    scale = 1 + Z_95**2 / total
-    centre = share + Z_95**2 / (2 * total)
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    from scipy.stats import binomtest
+
+    low, high = binomtest(int(num_correct), int(total)).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,15 @@ class ModelReport:
     correct: tuple[int, int] | None = None
 
 
-def report_table(rows: Sequence[ModelReport]) -> str:
+def report_table(rows: Sequence[ModelReport], blind: tuple[str, tuple[int, int] | None] | None = None) -> str:
     """Returns a Markdown table of the rows; reductions and ratios are against the first one.
 
     Accuracy (with its 95% interval) and throughput are columns only if a row has them. Next to a throughput ratio
     stands how much of the FLOP ratio it reaches: fewer FLOPs are not yet lower latency.
+
+    Args:
+        rows: The models.
+        blind: What answers without reading, as a last row: its name, and its correct answers as in `ModelReport`.
 
     Raises:
         ValueError: No row; or a row has a timing and the first has none, or one from another run.
@@ -60,7 +60,7 @@ def report_table(rows: Sequence[ModelReport]) -> str:
         raise ValueError("`rows` must hold at least one model, got none.")
     columns: dict[str, Callable[[ModelReport], str]] = {"Model": lambda row: row.name}
     if any(row.correct for row in rows):
-        columns["Accuracy (95% interval)"] = _accuracy_cell
+        columns["Accuracy (95% interval)"] = lambda row: _accuracy_of(row.correct)
     first = rows[0]
     for title, field in (("Encoder", "encoder"), ("Encoder + pooler", "encoder_and_pooler"), ("Whole model", "whole")):
         columns[title] = partial(_count_cell, baseline=first.parameters, field=field)
@@ -71,14 +71,17 @@ def report_table(rows: Sequence[ModelReport]) -> str:
         columns["Throughput"] = lambda row: _throughput_cell(row, first)
     lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
     lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
+    if blind is not None:
+        cells = [blind[0]] + [_accuracy_of(blind[1])] * any(row.correct for row in rows)
+        lines.append(" | ".join([*cells, *["-"] * (len(columns) - len(cells))]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _accuracy_cell(row: ModelReport) -> str:
-    if row.correct is None:
+def _accuracy_of(correct: tuple[int, int] | None) -> str:
+    if correct is None:
         return "-"
-    low, high = accuracy_interval(*row.correct)
-    return f"{row.correct[0] / row.correct[1]:.3f} ({low:.3f} to {high:.3f})"
+    low, high = accuracy_interval(*correct)
+    return f"{correct[0] / correct[1]:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _count_cell(row: ModelReport, baseline: ParameterCount, field: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shrp_hf.benchmark.cost import evaluating, random_inputs
+from shrp_hf.outputs import SINGLE_LABEL, problem_type
 
 NUM_WARMUP_CALLS = 3
 MIN_ROUND_SECONDS = 0.2
@@ -155,8 +156,9 @@ def training_step(model: nn.Module, batch_size: int, length: int) -> Callable[[]
     """
     inputs = random_inputs(model, batch_size, length)
     if type(model).__name__.endswith("ForSequenceClassification"):
-        dtype = torch.float if model.config.num_labels == 1 else torch.long
-        inputs["labels"] = torch.zeros(batch_size, dtype=dtype, device=model.device)
+        count, is_class = model.config.num_labels, problem_type(model) == SINGLE_LABEL
+        size = (batch_size,) if is_class or count == 1 else (batch_size, count)
+        inputs["labels"] = torch.zeros(size, dtype=torch.long if is_class else torch.float, device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model.train()
 

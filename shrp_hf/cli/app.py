@@ -2,20 +2,37 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from shrp_hf.tasks import Reading, Task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console()
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id or directory of a model.")]
 DatasetOption = Annotated[
-    str, typer.Option(help="docstrings, a GLUE task, sst5, a directory of TSV files, or a Hub data set.")
+    str,
+    typer.Option(
+        help="docstrings, a GLUE task, sst5, a file or directory of files (CSV, TSV, JSON Lines, Parquet), or a Hub data set."
+    ),
 ]
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory with the task's files, read instead of the Hub.")]
+TextColumnOption = Annotated[str | None, typer.Option(help="Column of the text; default: found by its name.")]
+TextPairColumnOption = Annotated[str | None, typer.Option(help="Column of the second text of a pair.")]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(help="Column of the label, or one of 0 and 1 for each label: a,b,c; default: found by its name.")
+]
+TaskOption = Annotated[
+    Literal["classification", "multilabel", "regression"] | None,
+    typer.Option(help="Kind of task, where the labels do not say."),
+]
+FORCE_HELP = "Go on with a dense model that is no better than the majority class."
 OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
 RecipeOption = Annotated[
     str,
@@ -47,6 +64,29 @@ def list_option(parse: Callable[[str], Any], help: str, meaning: str = "") -> An
             raise typer.BadParameter(f"{text!r} is no list of {meaning or 'numbers'} separated by commas") from error
 
     return typer.Option(parser=parse_all, help=help, metavar="LIST")
+
+
+def read_task(model: str | None, dataset: str, data_dir: Path | None, reading: "Reading", **sizes: Any) -> "Task":
+    """Reads the data of a command, with labels in the order of its fine-tuned model, and says what was understood.
+
+    Args:
+        model: The model; None for one that is still to be fine-tuned.
+        dataset: Value of `--dataset`.
+        data_dir: Value of `--data-dir`.
+        reading: Values of `--text-column`, `--text-pair-column`, `--label-column` and `--task`.
+        **sizes: Other arguments of `load_task`.
+    """
+    from shrp_hf.tasks import label_names_of, load_task
+
+    names = () if model is None else label_names_of(model)
+    task = load_task(dataset, data_dir, replace(reading, label_names=names), **sizes)
+    say_task(task)
+    return task
+
+
+def say_task(task: "Task") -> None:
+    """Prints what was understood of the data, before anything is done with it."""
+    console.print(task.describe(), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.callback()

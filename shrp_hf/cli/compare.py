@@ -13,12 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shrp_hf.cli.app import (
     EXPERT_SELECTOR_HELP,
+    FORCE_HELP,
     DataDirOption,
     DatasetOption,
+    LabelColumnOption,
     ModelArgument,
     OutputOption,
+    TaskOption,
+    TextColumnOption,
+    TextPairColumnOption,
     app,
     list_option,
+    read_task,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +47,10 @@ def compare(
     dataset: DatasetOption,
     output: OutputOption,
     data_dir: DataDirOption = None,
+    text_column: TextColumnOption = None,
+    text_pair_column: TextPairColumnOption = None,
+    label_column: LabelColumnOption = None,
+    task: TaskOption = None,
     selectors: Annotated[Any, list_option(str, "hies, his, entropy, cahp, magnitude, random, dsp, dsp-pipelined.")] = "",
     keep: Annotated[Any, list_option(float, "Shares of the heads that stay.")] = "",
     heads: Annotated[Any, list_option(int, "Numbers of heads that stay.")] = "",
@@ -69,6 +79,7 @@ def compare(
     tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = 0.25,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
     split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     keep_models: Annotated[bool, typer.Option(help="Keep dense and routed models in OUTPUT/models.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure throughput at the end, of every shape in one run.")] = True,
     report_only: Annotated[bool, typer.Option("--report-only", help="Compute nothing: tables of what is there.")] = False,
@@ -83,7 +94,7 @@ def compare(
     --recovery-epochs 0,1 --truncate 1,3 --expert-layers 3,5 --output out/compare`
     """
     from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
-    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.tasks import Reading
 
     grid = Grid(
         selectors=selectors,
@@ -120,7 +131,9 @@ def compare(
     console = Console(file=sys.stdout)
     errors = {}
     if not report_only:
-        comparison = Comparison(settings, grid, load_task(dataset, data_dir, seed=split_seed, max_train=max_train), output)
+        reading = Reading(text_column, text_pair_column, label_column, task)
+        data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=split_seed, max_train=max_train)
+        comparison = Comparison(settings, grid, data, output, force=force)
         errors = _run(comparison, console)
         if not keep_models:
             comparison.drop_models()

@@ -6,15 +6,21 @@ import typer
 from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
+    FORCE_HELP,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
+    LabelColumnOption,
     ModelArgument,
     OutputOption,
     RecipeOption,
     SeedOption,
+    TaskOption,
+    TextColumnOption,
+    TextPairColumnOption,
     app,
     console,
+    read_task,
 )
 
 NOT_MET = 3
@@ -26,6 +32,10 @@ def compress(
     dataset: DatasetOption,
     output: OutputOption,
     data_dir: DataDirOption = None,
+    text_column: TextColumnOption = None,
+    text_pair_column: TextPairColumnOption = None,
+    label_column: LabelColumnOption = None,
+    task: TaskOption = None,
     speedup: Annotated[float | None, typer.Option(help="Throughput to reach, as a multiple of the model's own.")] = None,
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
@@ -44,6 +54,7 @@ def compress(
     max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
     examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
@@ -60,7 +71,7 @@ def compress(
     """
     from shrp_hf.compress import Compression, CompressOptions, Targets
     from shrp_hf.recipes import find_recipe
-    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.tasks import Reading
 
     batch_size_measured, length = _numbers("shape", shape, "x", 2)
     options = CompressOptions(
@@ -81,9 +92,11 @@ def compress(
         max_length=max_length,
         examples_per_epoch=examples_per_epoch,
         seed=seed,
+        force=force,
     )
-    task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
-    compression = Compression(model, task, output, options)
+    reading = Reading(text_column, text_pair_column, label_column, task)
+    data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
+    compression = Compression(model, data, output, options)
     verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
     console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
     console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")

@@ -5,7 +5,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from shrp_hf.cli.app import DataDirOption, ModelArgument, OutputOption, SeedOption, app, console
+from shrp_hf.cli.app import (
+    DataDirOption,
+    LabelColumnOption,
+    ModelArgument,
+    OutputOption,
+    SeedOption,
+    TaskOption,
+    TextColumnOption,
+    TextPairColumnOption,
+    app,
+    console,
+    read_task,
+)
 
 
 @app.command()
@@ -16,6 +28,10 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Quantise: int8 weights, uint8 activations.")] = False,
     dataset: Annotated[str | None, typer.Option(help="Compare on the held-out rows of this task, 512 at most.")] = None,
     data_dir: DataDirOption = None,
+    text_column: TextColumnOption = None,
+    text_pair_column: TextPairColumnOption = None,
+    label_column: LabelColumnOption = None,
+    task: TaskOption = None,
     texts: Annotated[Path | None, typer.Option(help="Compare on the lines of this text file.")] = None,
     min_agreement: Annotated[float, typer.Option(help="Share of int8 predictions that must be PyTorch's.")] = 0.9,
     seed: SeedOption = 0,
@@ -31,21 +47,26 @@ def export(
     import json
 
     from shrp_hf.onnx_export import export_onnx, load_for_export
-    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.tasks import Reading
 
     if dataset is not None and texts is not None:
         raise ValueError("Give one of `--dataset` and `--texts`, not both.")
-    if data_dir is not None and dataset is None:
-        raise ValueError(f"`--data-dir {data_dir}` belongs to `--dataset`, which is missing.")
+    given = {"data-dir": data_dir, "text-column": text_column, "text-pair-column": text_pair_column}
+    given |= {"label-column": label_column, "task": task}
+    for name, value in given.items():
+        if value is not None and dataset is None:
+            raise ValueError(f"`--{name} {value}` belongs to `--dataset`, which is missing.")
     rows: list | None = None
     if texts is not None:
         rows = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not rows:
             raise ValueError(f"`--texts {texts}` holds no text.")
     elif dataset is not None:
-        held_out = load_task(dataset, data_dir, seed=seed, max_validation=512).validation
-        columns = [held_out[name] for name in ("text", "text_pair") if name in held_out.column_names]
-        rows = [row if len(row) > 1 else row[0] for row in zip(*columns, strict=True)]
+        reading = Reading(text_column, text_pair_column, label_column, task)
+        data = read_task(model, dataset, data_dir, reading, seed=seed, max_validation=512)
+        held_out = data.validation
+        parts = [held_out[name] for name in ("text", "text_pair") if name in held_out.column_names]
+        rows = [row if len(row) > 1 else row[0] for row in zip(*parts, strict=True)]
     loaded, tokenizer = load_for_export(model)
     path = export_onnx(loaded, tokenizer, output, int8=int8, texts=rows, min_agreement=min_agreement)
     record = json.loads(path.with_name("onnx.json").read_text(encoding="utf-8"))

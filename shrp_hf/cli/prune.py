@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from shrp_hf.cli.app import DataDirOption, DatasetOption, ModelArgument, OutputOption, SeedOption, app, console
+from shrp_hf.cli.app import (
+    DataDirOption,
+    DatasetOption,
+    LabelColumnOption,
+    ModelArgument,
+    OutputOption,
+    SeedOption,
+    TaskOption,
+    TextColumnOption,
+    TextPairColumnOption,
+    app,
+    console,
+    read_task,
+)
 
 
 @app.command()
@@ -14,6 +27,10 @@ def prune(
     dataset: DatasetOption,
     output: OutputOption,
     data_dir: DataDirOption = None,
+    text_column: TextColumnOption = None,
+    text_pair_column: TextPairColumnOption = None,
+    label_column: LabelColumnOption = None,
+    task: TaskOption = None,
     selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, magnitude, random or usage.")] = "hies",
     keep: Annotated[float | None, typer.Option(help="Share of the heads that stay.")] = None,
     heads: Annotated[int | None, typer.Option(help="Number of heads that stay.")] = None,
@@ -41,7 +58,7 @@ def prune(
     Example: `shrp-hf prune out/demo/dense --dataset docstrings --selector hies --keep 0.5 --output out/half`
     """
     from shrp_hf.posthoc import PruneOptions, prune_posthoc
-    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.tasks import Reading
 
     prune_options = PruneOptions(
         selector=selector,
@@ -62,7 +79,8 @@ def prune(
         max_length=max_length,
         seed=seed,
     )
-    task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
-    report = prune_posthoc(model, task, output, prune_options, say=lambda text: console.rule(text))
+    reading = Reading(text_column, text_pair_column, label_column, task)
+    data = read_task(model, dataset, data_dir, reading, seed=seed, max_train=max_train)
+    report = prune_posthoc(model, data, output, prune_options, say=lambda text: console.rule(text))
     console.print(Markdown(report.read_text(encoding="utf-8")))
     console.print(f"Written to {output}: the model, plan.json, report.md and pictures.")

@@ -11,12 +11,18 @@ from shrp_hf.cli.app import (
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
+    LabelColumnOption,
     ModelArgument,
     OutputOption,
     RecipeOption,
     SeedOption,
+    TaskOption,
+    TextColumnOption,
+    TextPairColumnOption,
     app,
     console,
+    read_task,
+    say_task,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +36,10 @@ def train(
     dataset: DatasetOption,
     output: OutputOption,
     data_dir: DataDirOption = None,
+    text_column: TextColumnOption = None,
+    text_pair_column: TextPairColumnOption = None,
+    label_column: LabelColumnOption = None,
+    task: TaskOption = None,
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
@@ -54,10 +64,11 @@ def train(
     Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
     """
     from shrp_hf.recipes import find_recipe
-    from shrp_hf.tasks.loading import load_task
+    from shrp_hf.tasks import Reading
     from shrp_hf.workflow import WorkflowOptions
 
-    task = load_task(dataset, data_dir, seed=seed, max_train=max_train)
+    reading = Reading(text_column, text_pair_column, label_column, task)
+    data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     workflow_options = WorkflowOptions(
         num_expert_layers=num_expert_layers,
         keep=keep,
@@ -75,7 +86,7 @@ def train(
         examples_per_epoch=examples_per_epoch,
         seed=seed,
     )
-    _run(model, task, output, workflow_options)
+    _run(model, data, output, workflow_options)
 
 
 @app.command()
@@ -92,6 +103,7 @@ def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
     from shrp_hf.workflow import WorkflowOptions
 
     task = load_task("docstrings", seed=seed, max_train=2700)
+    say_task(task)
     routed = {"expert_selector": "usage", "balance_epochs_per_layer": 1, "specialise_epochs": 3, "recovery_epochs": 0}
     recipe = find_recipe("default", **routed)
     workflow_options = WorkflowOptions(recipe=recipe, dense_learning_rate=1e-4, max_length=64, seed=seed)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +27,7 @@ from shrp_hf.compare.architectures import first_layers
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.lengths import num_positions
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
@@ -33,7 +35,9 @@ from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.baseline import baseline_of
+from shrp_hf.tasks.kinds import CLASSIFICATION
+from shrp_hf.tasks.task import Task, for_json
 from shrp_hf.trainer import ShrpTrainer
 
 
@@ -105,7 +109,9 @@ class Worker:
         self.task = task
         self.output = output
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length)
+        self.data = task.tokenize(
+            self.tokenizer, max_length=settings.max_length, model=AutoConfig.from_pretrained(settings.model)
+        )
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
         """The file that says that a job is done."""
@@ -157,8 +163,15 @@ class Worker:
             self._save(model, job.key)
         model = self._dense(job.seed)
         logits = self._logits(model, "test")
-        predictions = self._decided(logits).tolist()
-        return {**self._measured(model, logits, np.array(predictions)), "train_examples": examples, "predictions": predictions}
+        predictions = self.task.kind.decide(logits.predictions).tolist()
+        measured = self._measured(model, logits, np.array(predictions))
+        blind = {
+            name: baseline_of(self.task, rows)
+            for name, rows in (("metrics", self.task.test), ("held_out", self.task.validation))
+        }
+        values = {split: {k: none_for_nan(v) for k, v in found.metrics.items()} for split, found in blind.items()}
+        baseline = {"name": blind["metrics"].name, **values}
+        return {**measured, "train_examples": examples, "predictions": predictions, "baseline": baseline}
 
     def _do_stats(self, job: Job) -> dict[str, Any]:
         request = StatsRequest(importance=True, entropy=True)
@@ -309,25 +322,23 @@ class Worker:
         with masked_heads(model, plan):
             return self.task.compute_metrics(self._logits(model, "validation"))[self.task.headline]
 
-    def _decided(self, prediction: transformers.EvalPrediction) -> np.ndarray:
-        logits = prediction.predictions
-        return logits[:, 0] if self.task.is_regression else logits.argmax(axis=-1)
-
     def _measured(self, model: PreTrainedModel, prediction: transformers.EvalPrediction, dense: np.ndarray) -> dict[str, Any]:
-        decided, config = self._decided(prediction), model.config
-        is_same = np.abs(decided - dense) <= self.settings.tolerance if self.task.is_regression else decided == dense
+        task, config = self.task, model.config
+        decided = task.kind.decide(prediction.predictions)
+        is_same = np.abs(decided - dense) <= self.settings.tolerance if task.is_regression else decided == dense
+        is_same = is_same.reshape(len(decided), -1).all(axis=-1)
         batch_size, length = BENCHMARK_SHAPE
-        length = min(length, config.max_position_embeddings - 2)
+        length = min(length, num_positions(model) or length)
         kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
         return {
             "kept": kept,
             "expert_layers": config.expert_layers,
             "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
-            "metrics": self.task.compute_metrics(prediction),
-            "held_out": self.task.compute_metrics(self._logits(model, "validation")),
+            "metrics": for_json(task.compute_metrics(prediction)),
+            "held_out": for_json(task.compute_metrics(self._logits(model, "validation"))),
             "rows": len(decided),
-            "correct": None if self.task.is_regression else int((decided == prediction.label_ids).sum()),
+            "correct": int((decided == prediction.label_ids).sum()) if task.kind is CLASSIFICATION else None,
             "agreement": float(is_same.mean()),
             "num_agreeing": int(is_same.sum()),
             "parameters": asdict(count_parameters(model)),
@@ -336,8 +347,13 @@ class Worker:
         }
 
 
+def none_for_nan(value: float) -> float | None:
+    """NaN is no JSON."""
+    return None if math.isnan(value) else value
+
+
 def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:
-    listed = [[None if value != value else value for value in row] for row in scores.tolist()]  # NaN is no JSON
+    listed = [[none_for_nan(value) for value in row] for row in scores.tolist()]
     return {
         "kept": [list(heads) for heads in plan.kept],
         "num_heads": plan.num_heads,

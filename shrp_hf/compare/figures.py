@@ -58,6 +58,8 @@ def _panels(rows: Sequence[Row], headline: str, x: Callable[[Row], float]) -> Po
         parts = [part for part, is_told in zip(series[cell["key"]], tells, strict=True) if part and is_told]
         epochs = cell["recovery_epochs"]
         title = f"{epochs:g} epoch{'s' * (epochs != 1)} of recovery" if epochs else "without recovery"
+        if value.num_undefined:
+            continue
         margin = value.margin or 0.0
         point = (x(row), value.mean, value.mean - margin, value.mean + margin)
         panels.setdefault(title, {}).setdefault(", ".join(parts), []).append(point)

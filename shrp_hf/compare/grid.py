@@ -23,13 +23,13 @@ class ModelShape:
         num_layers: Layers.
         num_heads: Heads of each.
         has_expert_layers: Whether the family converts to SHRP.
-        is_regression: Whether the task has numbers for labels.
+        has_classes: Whether each row has one class, by which CAHP tells heads apart.
     """
 
     num_layers: int
     num_heads: int
     has_expert_layers: bool = True
-    is_regression: bool = False
+    has_classes: bool = True
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class Grid:
             missing = [name for name in ("sklearn", "kmedoids", "kneed") if find_spec(name) is None]
             if missing:
                 raise ImportError(f"{reason} needs the package {missing[0]}: pip install 'shrp_hf[posthoc]', or leave it out.")
-            if shape.is_regression:
-                raise ValueError(f"{reason} compares classes, but the task is a regression: leave it out.")
+            if not shape.has_classes:
+                raise ValueError(f"{reason} compares classes, but the task has no single class for each row: leave it out.")
 
     def _check_layers(self, shape: ModelShape) -> None:
         if self.expert_layers and not shape.has_expert_layers:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shrp_hf.compare.figures import write_figures
 from shrp_hf.compare.speed import read_speed
-from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, read_cells, routing_of, rows_of, table_of
+from shrp_hf.compare.tables import Cell, Row, csv_text, markdown_table, no_share, read_cells, routing_of, rows_of, table_of
 from shrp_hf.plots.drawing import DPI
 from shrp_hf.record import source_name
 from shrp_hf.report import write_text
@@ -32,7 +32,7 @@ def write_results(output: Path) -> list[Path]:
 
     Raises:
         ValueError: There is no cell.
-        ImportError: matplotlib or scipy is not installed.
+        ImportError: matplotlib is not installed.
     """
     cells = read_cells(output)
     if not cells:
@@ -72,6 +72,7 @@ dense model of the same seed. Parameters in three conventions: a reduction of "e
 model. "Examples" are those trained on after the dense model. {_timed(rows)}</p>
 {"".join(map(_figure, figures))}
 <h2>All results</h2>
+<p>{html.escape(no_share(rows, headline))}</p>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
 <h2>What holds for every cell</h2>{_facts({k: v for k, v in facts.items() if k != "recipe"} | cell.get("versions", {}))}

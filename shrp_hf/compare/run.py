@@ -15,6 +15,8 @@ from shrp_hf.compare.cells import Settings, Worker
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import Grid, Job, ModelShape
 from shrp_hf.report import write_text
+from shrp_hf.tasks.baseline import check_learned
+from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task
 
 POLL_SECONDS = 1.0
@@ -31,17 +33,20 @@ class Comparison:
         task: What the model does; chosen on its held-out rows, reported on the others.
         output: The directory: `cells` (a JSON file each, and a row of the result), `parts` and `models` (what cells are
             made of), `stats`, `claims`.
+        force: Go on with a dense model that is no better than the majority class.
 
     Raises:
         ValueError: The grid or the model does not suit, or the directory holds cells of other settings.
     """
 
-    def __init__(self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path) -> None:
+    def __init__(
+        self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path, force: bool = False
+    ) -> None:
         grids = [grids] if isinstance(grids, Grid) else grids
         shape = _shape_of(settings, task)
         for grid in grids:
             grid.check(shape, settings.min_heads_per_layer)
-        self.output = output
+        self.output, self.force = output, force
         self.worker = Worker(settings, task, output)
         self.jobs: dict[str, Job] = {}
         for job in chain.from_iterable(grid.jobs().values() for grid in grids):
@@ -62,7 +67,11 @@ class Comparison:
 
         Returns:
             Key -> error of every cell that could not be computed.
+
+        Raises:
+            ValueError: A dense model is no better than the majority class on the held-out rows, and `force` is not given.
         """
+        self._check_dense()
         while (is_busy := self.step(watch)) or self.is_missing:
             if not is_busy:  # the other runs have all that can be done now
                 self._watch(watch, "")
@@ -88,7 +97,18 @@ class Comparison:
         Returns:
             Whether there was one. If not, nothing is missing, or the other runs have all that can be done now.
         """
-        return any(self._do(job, watch) for job in self._missing() if self._is_ready(job))
+        done = next((job for job in self._missing() if self._is_ready(job) and self._do(job, watch)), None)
+        if done is not None and done.kind == "dense":
+            self._check_dense()
+        return done is not None
+
+    def _check_dense(self) -> None:
+        """Stops before hours are spent on a model that has learned nothing."""
+        for job in [] if self.force else self.cells:
+            file = self.worker.file(job)
+            if job.kind == "dense" and file.exists():
+                held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"]
+                check_learned(self.worker.task, held_out[self.worker.task.headline], self.worker.settings.model)
 
     def drop_models(self) -> None:
         """Removes the models that cells were made of, once every cell of this grid is there."""
@@ -169,4 +189,4 @@ def _shape_of(settings: Settings, task: Task) -> ModelShape:
         )
     family = config.model_type.removeprefix("shrp_")
     converts = family in ("bert", "roberta", "xlm-roberta", "camembert")
-    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.is_regression)
+    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.kind is CLASSIFICATION)

@@ -11,6 +11,7 @@ from shrp_hf.benchmark import Progress, measure_throughput
 from shrp_hf.compare.architectures import Shape, empty_model
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.tables import Cell, Timings, group_of
+from shrp_hf.lengths import num_positions
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.report import BENCHMARK_SHAPE, write_text
 from shrp_hf.surgery import to_shrp
@@ -40,7 +41,7 @@ def measure_speed(output: Path, cells: Sequence[Cell], num_rounds: int = 5, prog
         distinct = {shape.name: shape for shape in (Shape.of({"kept": _full(dense), "expert_layers": ()}), *shapes.values())}
         models = {name: empty_model(dense, shape) for name, shape in distinct.items()}
         batch_size, length = BENCHMARK_SHAPE
-        length = min(length, dense.config.max_position_embeddings - 2)
+        length = min(length, num_positions(dense) or length)
         timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds, progress=progress)
         baseline = next(iter(timings.values()))
         figures = {name: {**timing.summary(), "ratio": timing.ratio_to(baseline)} for name, timing in timings.items()}

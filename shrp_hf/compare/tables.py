@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shrp_hf.tasks.task import shown
+
 Cell = Mapping[str, Any]
 Timings = Mapping[str, Mapping[str, Any]]
 
@@ -21,37 +23,44 @@ class Estimate:
     """The mean of one number over seeds.
 
     Args:
-        mean: The mean.
+        mean: The mean; NaN where the number is undefined for a seed.
         margin: Half the width of the 95% t interval; None where there is one seed, which has none.
         num: Number of seeds.
+        num_undefined: Seeds for which it is undefined.
     """
 
     mean: float
     margin: float | None
     num: int
+    num_undefined: int = 0
 
     def text(self, decimals: int = 4, scale: float = 1.0) -> str:
-        """Prints "mean ± margin"."""
+        """Prints "mean ± margin", or of how many seeds the number is undefined."""
+        if self.num_undefined:
+            return shown(None) + (f" ({self.num_undefined} of {self.num} seeds)" if self.num > 1 else "")
         margin = "" if self.margin is None else f" ± {self.margin * scale:.{decimals}f}"
         return f"{self.mean * scale:.{decimals}f}{margin}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float | None]) -> Estimate:
     """Returns the mean and its 95% interval by Student's t, as of independent seeds.
+
+    Args:
+        values: One a seed; None or NaN where it is undefined.
 
     Raises:
         ValueError: There is no value.
-        ImportError: scipy is missing.
     """
     if not values:
         raise ValueError("`values` must hold at least one number, got none.")
     count = len(values)
+    num_undefined = sum(value is None or math.isnan(value) for value in values)
+    if num_undefined:
+        return Estimate(math.nan, None, count, num_undefined)
     if count == 1:
         return Estimate(values[0], None, 1)
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise ImportError("Intervals need scipy: pip install 'shrp_hf[metrics]'.") from error
+    from scipy.stats import t
+
     margin = float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Estimate(statistics.fmean(values), margin, count)
 
@@ -84,13 +93,16 @@ class Row:
             for layer in range(len(kept[0]))
         ]
 
-    def over_seeds(self, value: Callable[[Cell], float]) -> Estimate:
+    def over_seeds(self, value: Callable[[Cell], float | None]) -> Estimate:
         """Mean and interval of a number of a cell."""
         return estimate([value(cell) for cell in self.cells])
 
-    def against_dense(self, value: Callable[[Cell], float]) -> Estimate:
-        """Mean and interval of the ratio to the dense model of the same seed."""
-        return estimate([value(a) / value(b) if value(b) else math.nan for a, b in zip(self.cells, self.dense, strict=True)])
+    def against_dense(self, value: Callable[[Cell], float | None]) -> Estimate | None:
+        """Mean and interval of the ratio to the dense model of the same seed; None where one of those is not above 0."""
+        pairs = [(value(a), value(b)) for a, b in zip(self.cells, self.dense, strict=True)]
+        if not all(dense is not None and dense > 0 for _, dense in pairs):
+            return None
+        return estimate([None if found is None else found / dense for found, dense in pairs])
 
 
 def name_of(cell: Cell) -> str:
@@ -154,7 +166,15 @@ def markdown_table(rows: Sequence[Row], headline: str) -> str:
     """Returns `table_of` as Markdown."""
     titles, *lines = table_of(rows, headline)
     lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    reason = no_share(rows, headline)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + (f"\n{reason}\n" if reason else "")
+
+
+def no_share(rows: Sequence[Row], headline: str) -> str:
+    """Returns why a table has dashes under "of dense"; empty where it has none."""
+    if all(row.against_dense(lambda cell: cell["metrics"][headline]) is not None for row in rows):
+        return ""
+    return f'"-" under "of dense": the {headline} of a dense model is not above 0 or undefined, so nothing is a share of it.'
 
 
 def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
@@ -169,15 +189,16 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     titles += ["encoder", "encoder + pooler", "whole model", "FLOPs", "examples"]
     has_speed = any(row.speed for row in rows)
     titles += ["throughput"] * has_speed
-    lines = [titles]
+    lines = [titles, *_blind_line(rows, headline, len(titles))]
     for row in rows:
         cell, dense = row.cells[0], row.dense[0]
+        share = row.against_dense(lambda cell: cell["metrics"][headline])
         line = [
             row.name,
             training_of(cell),
             str(len(row.cells)),
             row.over_seeds(lambda cell: cell["metrics"][headline]).text(),
-            row.against_dense(lambda cell: cell["metrics"][headline]).text(1, 100),
+            "-" if share is None else share.text(1, 100),
             row.over_seeds(lambda cell: cell["agreement"]).text(1, 100),
             row.over_seeds(lambda cell: cell["held_out"][headline]).text(),
             f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",
@@ -195,6 +216,30 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     return lines
 
 
+def blind_of(row: Row, headline: str) -> tuple[str, Estimate | None, Estimate | None] | None:
+    """What answering without reading reaches: name, reported and held-out headline (None: undefined); None if not recorded."""
+    baselines = [cell.get("baseline") for cell in row.dense]
+    if not all(baselines):
+        return None
+    reported, held_out = (
+        None
+        if any(found[split][headline] is None for found in baselines)
+        else estimate([found[split][headline] for found in baselines])
+        for split in ("metrics", "held_out")
+    )
+    return baselines[0]["name"], reported, held_out
+
+
+def _blind_line(rows: Sequence[Row], headline: str, width: int) -> list[list[str]]:
+    dense = next((row for row in rows if row.cells[0]["method"] == "dense"), None)
+    found = dense and blind_of(dense, headline)
+    if not found:
+        return []
+    name, reported, held_out = found
+    shown = [reported.text() if reported else "- (undefined)", "-", "-", held_out.text() if held_out else "- (undefined)"]
+    return [[name, "-", str(len(dense.cells)), *shown, *["-"] * (width - 7)]]
+
+
 def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
     """Returns a table with one row a cell: what it is, what it reached, what it costs. Empty where a number has no meaning."""
     metrics = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
@@ -209,6 +254,12 @@ def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
         speed = (timings or {}).get(group_of(cell), {})
         row |= {f"speed_{name}": speed.get(name) for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second")}
         rows.append({**row, "kept": json.dumps(cell["kept"])})
+    for cell in cells:
+        baseline = cell.get("baseline")
+        if baseline:
+            row = {"key": f"majority-seed{cell['seed']}", "method": "majority", "seed": cell["seed"], "rows": cell["rows"]}
+            row |= baseline["metrics"] | {f"held_out_{name}": value for name, value in baseline["held_out"].items()}
+            rows.append(dict.fromkeys(rows[0]) | row)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -25,6 +25,7 @@ class CompressOptions:
         max_length: Longest sequence in tokens.
         examples_per_epoch: Examples that count as an epoch; None: the whole training set.
         seed: Seed of everything that is drawn.
+        force: Go on with a dense model that is no better than the majority class.
 
     Raises:
         ValueError: `max_trials` is below 1.
@@ -42,6 +43,7 @@ class CompressOptions:
     max_length: int = 128
     examples_per_epoch: int | None = None
     seed: int = 0
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.max_trials < 1:
@@ -49,5 +51,5 @@ class CompressOptions:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the trained candidates depend on: everything but the targets, which may be changed in one directory."""
-        return {name: value for name, value in asdict(self).items() if name not in ("targets", "max_trials")}
+        """What the trained candidates depend on: all but the targets and `force`, which may be changed in one directory."""
+        return {name: value for name, value in asdict(self).items() if name not in ("targets", "max_trials", "force")}

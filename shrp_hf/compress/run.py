@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ from shrp_hf.compress.candidates import (
     worthwhile,
 )
 from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.search import Trial, best, check_reachable, search
+from shrp_hf.compress.search import Trial, best, check_reachable, search, share_text
 from shrp_hf.compress.verdict import Verdict, write_verdict
 from shrp_hf.environment import environment
+from shrp_hf.lengths import fitting_length
 from shrp_hf.models.safe_weights import load_safely
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_reopened, claim, kept_model
 from shrp_hf.surgery import to_shrp
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.baseline import check_learned
+from shrp_hf.tasks.task import Task, for_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +83,15 @@ class Compression:
         self.measure, self.predict = measure, predict
         set_seed(options.seed)
         self.source = load_source(model_name, task, fine_tuned=not options.dense_epochs)
+        batch_size, length = options.shape
+        options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
+        self.options = options
         self.choices = candidates(self.source.config, options.experts)
         untrained(self.source, self.choices[0])  # refuses, by name, what cannot be converted
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
         data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
         claim(output, {"model": model_name, **data, **options.identity})
-        self.data = task.tokenize(self.tokenizer, max_length=options.max_length)
+        self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
             self.data,
             self.tokenizer,
@@ -103,8 +109,8 @@ class Compression:
             show: Called with Markdown worth reading meanwhile.
 
         Raises:
-            ValueError: No candidate reaches the speed-up (raised before anything is trained), or the dense model has
-                learned nothing that could be kept.
+            ValueError: No candidate reaches the speed-up (raised before anything is trained), or the dense model is not
+                better than the majority class on the held-out rows.
         """
         options, targets = self.options, self.options.targets
         total = self.source.config.num_hidden_layers
@@ -114,15 +120,19 @@ class Compression:
         check_reachable(speeds, targets, total)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
-        show(f"Held-out {headline} of the dense model: {quality:.4f}")
-        if targets.keep_quality is not None and quality <= 0:
-            raise ValueError(f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {quality:.4f}.")
+        show(f"Held-out {headline} of the dense model: {shown(quality)}")
+        if not options.force:
+            check_learned(self.task, quality, self.model_name)
+        if targets.keep_quality is not None and not quality > 0:
+            raise ValueError(
+                f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
+            )
         say(f"3/5 training candidates: {targets}")
 
         def attempt(candidate: Candidate) -> Trial:
             show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
             trial = self.attempt(candidate, quality)
-            found = f"held-out {headline} {trial.quality:.4f} ({trial.retention:.1%} of dense)"
+            found = f"held-out {headline} {shown(trial.quality)} ({share_text(trial.retention)} of dense)"
             show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
             return trial
 
@@ -171,7 +181,7 @@ class Compression:
         quality = self._held_out(f"trials/{candidate.name}", model)
         timings = self._timings(candidate)
         speedup = timings[candidate.name].ratio_to(timings[DENSE])
-        return Trial(candidate, quality, quality / dense_quality if dense_quality > 0 else float("nan"), speedup)
+        return Trial(candidate, quality, quality / dense_quality if dense_quality > 0 else math.nan, speedup)
 
     def _train(self, candidate: Candidate) -> PreTrainedModel:
         recipe, layers = self.options.recipe, candidate.layers(self.source.config.num_hidden_layers)
@@ -199,8 +209,9 @@ class Compression:
         path = self.output / folder / "held_out.json"
         if not path.exists():
             metrics = self.task.compute_metrics(self.predict(model, self.data["validation"], self.tokenizer))
-            write_text(path, json.dumps(metrics) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))[self.task.headline]
+            write_text(path, json.dumps(for_json(metrics)) + "\n")
+        quality = json.loads(path.read_text(encoding="utf-8"))[self.task.headline]
+        return math.nan if quality is None else quality
 
     def _timings(self, candidate: Candidate) -> dict[str, Timing]:
         def verified() -> dict[str, Any]:

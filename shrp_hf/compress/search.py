@@ -1,5 +1,6 @@
 """Which candidate to train next, and which of the trained ones to take: no files, no models."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ class Trial:
 
     Args:
         candidate: Which.
-        quality: Its headline metric on the held-out rows.
-        retention: The same as a share of the dense model's.
+        quality: Its headline metric on the held-out rows; NaN where it is undefined.
+        retention: The same as a share of the dense model's; NaN where either has none.
         speedup: Measured with its trained weights, against the dense model in the same run.
     """
 
@@ -62,6 +63,11 @@ class Trial:
     def meets(self, targets: Targets) -> bool:
         """Whether it reaches every target."""
         return targets.fast_enough(self.speedup) and targets.good_enough(self.retention)
+
+
+def share_text(share: float, form: str = ".1%") -> str:
+    """Prints a share of the dense model's quality; a dash where that is 0, below or undefined, and so has no shares."""
+    return f"{share:{form}}" if math.isfinite(share) else "-"
 
 
 def check_reachable(speeds: Mapping[Candidate, float], targets: Targets, total: int) -> None:
@@ -124,12 +130,17 @@ def best(trials: list[Trial], targets: Targets) -> Trial:
     """Returns the trial to keep.
 
     Of those that meet all targets the best in quality if a speed-up was asked for, else the fastest. If none does:
-    of those that are fast enough the best in quality, or the fastest of all where none is.
+    of those that are fast enough the best in quality, or the fastest of all where none is. An undefined quality is the
+    worst.
     """
+
+    def quality(trial: Trial) -> float:
+        return -math.inf if math.isnan(trial.quality) else trial.quality
+
     met = [trial for trial in trials if trial.meets(targets)]
     if met and targets.speedup is None:
         return max(met, key=lambda trial: trial.speedup)
     fast = met or [trial for trial in trials if targets.fast_enough(trial.speedup)]
     if fast:
-        return max(fast, key=lambda trial: (trial.quality, trial.speedup))
-    return max(trials, key=lambda trial: (trial.speedup, trial.quality))
+        return max(fast, key=lambda trial: (quality(trial), trial.speedup))
+    return max(trials, key=lambda trial: (trial.speedup, quality(trial)))

@@ -13,15 +13,17 @@ from transformers import EvalPrediction, PreTrainedModel
 from shrp_hf.benchmark import Timing
 from shrp_hf.compress.candidates import Candidate, speed_table
 from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.search import Targets, Trial
+from shrp_hf.compress.search import Targets, Trial, share_text
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
 from shrp_hf.record import Rows, RunRecord, Score, expert_choice, source_name
 from shrp_hf.report import compare_models, measure_models, write_text
-from shrp_hf.tasks.task import Task
+from shrp_hf.tasks.baseline import baseline_of
+from shrp_hf.tasks.task import Task, for_json, shown
 
 NUM_RESAMPLES = 1000
+_NO_SHARE = "No share of the dense model's quality can be given (a dash): one of the two {} is undefined, or not above 0."
 
 Interval = tuple[float, float]
 
@@ -119,9 +121,12 @@ def write_verdict(
         **expert_choice(verdict.options.recipe, task),
     )
     write_card(output / "model", record)
-    points = {trial.candidate.name: [_point(trial, task)] for trial in verdict.trials}
-    plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
-    write_text(output / "report.md", _report(verdict, task, reported, compare_models(rows, scores, task)))
+    points = {t.candidate.name: [_point(t, task)] for t in verdict.trials if not math.isnan(t.quality)}
+    picture = "No picture: the quality of every candidate is undefined.\n"
+    if points:
+        plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
+        picture = "![quality against speed](trials.png)\n"
+    write_text(output / "report.md", _report(verdict, task, reported, picture, compare_models(rows, scores, task)))
     summary = {
         "met": verdict.met,
         "targets": asdict(verdict.targets),
@@ -132,7 +137,7 @@ def write_verdict(
         "command": command_line(),
         "environment": environment(),
     }
-    write_text(output / "compress.json", json.dumps(summary, indent=2) + "\n")
+    write_text(output / "compress.json", json.dumps(for_json(summary), indent=2) + "\n")
 
 
 def _point(trial: Trial, task: Task) -> tuple[float, float, float, float]:
@@ -145,7 +150,7 @@ def _interval(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def _report(verdict: Verdict, task: Task, reported: Reported, comparison: str) -> str:
+def _report(verdict: Verdict, task: Task, reported: Reported, picture: str, comparison: str) -> str:
     where, (batch_size, length) = environment(), verdict.options.shape
     caveat = "" if verdict.options.dense_epochs else (
         "\nThe model came fine-tuned: if it was fine-tuned on these held-out rows too, its quality on them flatters it, and "
@@ -163,14 +168,13 @@ Command: `{command_line()}`. Machine: {where["machine"]}, torch {where["torch"]}
 {comparison}
 ## What was tried
 
-{_trial_table(verdict, task.headline)}
+{_trial_table(verdict, task)}
 
 Quality is that of {len(task.validation)} rows held out of the training set; speed was measured against the dense model at
 {batch_size} x {length} tokens on {verdict.options.device}, predicted before the training and measured again after it.
 {_why(verdict)}
 {caveat}
-![quality against speed](trials.png)
-
+{picture}
 ## Speed of every shape, before any training
 
 All in turns, in one run; throughput as a multiple of the dense model's.
@@ -182,7 +186,8 @@ All in turns, in one run; throughput as a multiple of the dense model's.
 def _headline(verdict: Verdict, headline: str) -> str:
     chosen = verdict.chosen
     what = chosen.candidate.describe(verdict.num_layers)
-    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {chosen.retention:.1%} of its held-out {headline}."
+    kept = f"{share_text(chosen.retention)} of its held-out {headline}"
+    found = f"{what}: {chosen.speedup:.2f}x the dense model's throughput, {kept}."
     if verdict.met:
         return f"**The target is met**: {found}"
     missed = [] if verdict.targets.fast_enough(chosen.speedup) else ["speed"]
@@ -191,13 +196,20 @@ def _headline(verdict: Verdict, headline: str) -> str:
 
 
 def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> str:
-    def shown(value: float, interval: Interval, form: str) -> str:
-        return f"{value:{form}} (95% interval {interval[0]:{form}} to {interval[1]:{form}})"
+    def estimated(value: float, interval: Interval, form: str) -> str:
+        if math.isnan(value):
+            return f"({shown(value)})"
+        low, high = (share_text(bound, form) for bound in interval)
+        return f"{value:{form}} (95% interval {low} to {high})"
 
+    if math.isnan(reported.retention):
+        kept = _NO_SHARE.format(headline)
+    else:
+        kept = f"{estimated(reported.retention, reported.retention_interval, '.1%')} of it is kept."
+    result, dense = reported.result, reported.dense
     text = (
-        f"On the reported rows, which chose nothing, {headline} is {shown(reported.result, reported.result_interval, '.4f')} "
-        f"against {shown(reported.dense, reported.dense_interval, '.4f')} dense: "
-        f"{shown(reported.retention, reported.retention_interval, '.1%')} of it is kept."
+        f"On the reported rows, which chose nothing, {headline} is {estimated(result, reported.result_interval, '.4f')} "
+        f"against {estimated(dense, reported.dense_interval, '.4f')} dense: {kept}"
     )
     if targets.keep_quality is None:
         return text
@@ -207,18 +219,22 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
     return f"{text} The target of {targets.keep_quality:.1%} {holds}{unsure}."
 
 
-def _trial_table(verdict: Verdict, headline: str) -> str:
-    total = verdict.num_layers
+def _trial_table(verdict: Verdict, task: Task) -> str:
+    total, headline, blind = verdict.num_layers, task.headline, baseline_of(task, task.validation)
+    blind_quality = blind.metrics[headline]
     lines = [f"| tried | layers converted | experts | predicted | measured | held-out {headline} | of dense | |"]
     lines += [
         "|---|---:|---:|---:|---:|---:|---:|---|",
-        f"| dense | 0 of {total} | | | 1.00x | {verdict.dense_quality:.4f} | | |",
+        f"| {blind.name} | | | | | {share_text(blind_quality, '.4f')} | | |",
+        f"| dense | 0 of {total} | | | 1.00x | {shown(verdict.dense_quality)} | | |",
     ]
     for trial in verdict.trials:
         cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
-        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", f"{trial.quality:.4f}"]
-        cells += [f"{trial.retention:.1%}", "**chosen**" if trial == verdict.chosen else ""]
+        cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
+        cells += [share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if not verdict.dense_quality > 0:
+        lines.append(f"\n{_NO_SHARE.format(headline)}")
     return "\n".join(lines)
 
 

@@ -114,6 +114,9 @@ class HeadStats:
         Args:
             granularity: What the absolute value is taken over: the gradient of a "sample" (the paper), of a "token"
                 (the code of Michel et al. 2019) or of a whole "batch" (the code of CAHP; depends on the batch size).
+                "token" is the mean over real tokens in every layer. Michel's code divides by the batch size, in the last
+                layer by the samples: its raw scores rank heads of different layers otherwise, its default, normalised in
+                each layer (`HisSelector.per_layer_normalisation`), ranks them alike.
             first_quarter: Over the first quarter of the batches only.
 
         Raises:

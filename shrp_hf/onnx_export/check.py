@@ -1,12 +1,16 @@
 """What an exported file is fed, and how far its answers are from those of its model."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+
+from shrp_hf.lengths import num_positions
+from shrp_hf.outputs import MULTI_LABEL, REGRESSION, predicts_per_token, problem_type, task_head
 
 Text = str | tuple[str, ...]
 Arrays = dict[str, np.ndarray]
@@ -16,15 +20,9 @@ MAX_LENGTH = 128
 NUM_RANDOM = 24
 
 
-def max_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model has positions for; RoBERTa's begin behind the padding index."""
-    offset = getattr(getattr(model.base_model.embeddings, "position_embeddings", None), "padding_idx", None)
-    return model.config.max_position_embeddings - (0 if offset is None else offset + 1)
-
-
 def is_multiple_choice(model: PreTrainedModel) -> bool:
     """Whether inputs have shape (batch, choices, length)."""
-    return type(model).__name__.endswith("ForMultipleChoice")
+    return task_head(model) == "MultipleChoice"
 
 
 def input_names(model: PreTrainedModel, tokenizer: Any = None) -> list[str]:
@@ -50,7 +48,7 @@ def make_batches(model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text]) 
     names = input_names(model, tokenizer)
     if names == ["pixel_values"]:
         return _random_images(model)
-    longest = min(max_length(model), MAX_LENGTH)
+    longest = min(num_positions(model) or MAX_LENGTH, MAX_LENGTH)
     if tokenizer is None:
         rows = _random_rows(model, longest)
     else:
@@ -125,21 +123,25 @@ def agreement(
     """How far predictions agree, 1 for all: what was compared, and the share.
 
     Classes and spans: the share of equal predictions, over sequences or real tokens. Regression: 1 - sum of squared
-    differences / sum of squared deviations from the mean. A base model: the mean cosine of its real tokens' vectors.
+    differences / sum of squared deviations from the mean (of each output), NaN where all predictions are one. A base model:
+    the mean cosine of its real tokens' vectors.
     """
-    name = type(model).__name__
     pairs = list(zip(batches, expected, found, strict=True))
     if "last_hidden_state" in expected[0]:
         return "mean cosine of token vectors", _mean([_cosine(b, e, f) for b, e, f in pairs])
     if "start_logits" in expected[0]:
         both = [np.equal(*(_span(x, b) for x in (e, f))).all(axis=-1) for b, e, f in pairs]
         return "equal spans", _mean(both)
-    e, f = (np.concatenate([_real(b, x["logits"]) for b, x in zip(batches, side, strict=True)]) for side in (expected, found))
-    if name.endswith("ForPreTraining") or model.config.problem_type == "multi_label_classification":
+    per_token, kind = predicts_per_token(model), problem_type(model)
+    e, f = (
+        np.concatenate([_real(b, x["logits"]) if per_token else x["logits"] for b, x in zip(batches, side, strict=True)])
+        for side in (expected, found)
+    )
+    if kind == MULTI_LABEL:
         return "equal labels", _mean([(e > 0) == (f > 0)])
-    if e.shape[-1] == 1:
-        spread = float(np.square(e - e.mean()).sum())
-        return "1 - error / variance", 1 - float(np.square(e - f).sum()) / spread if spread else 0.0
+    if kind == REGRESSION:
+        spread = float(np.square(e - e.mean(axis=0)).sum())
+        return "1 - error / variance", 1 - float(np.square(e - f).sum()) / spread if spread else math.nan
     return "equal classes", _mean([e.argmax(axis=-1) == f.argmax(axis=-1)])
 
 
@@ -147,10 +149,10 @@ def _mean(parts: Sequence[np.ndarray]) -> float:
     return float(np.concatenate([np.ravel(part) for part in parts]).mean())
 
 
-def _real(batch: Arrays, logits: np.ndarray) -> np.ndarray:
-    """One row a prediction: sequences as they are, tokens without the padding."""
+def _real(batch: Arrays, values: np.ndarray) -> np.ndarray:
+    """One row a token, (batch, length, ...) without the padding; images have none."""
     mask = batch.get("attention_mask")
-    return logits[mask == 1] if mask is not None and logits.shape[:2] == mask.shape else logits
+    return values if mask is None else values[mask == 1]
 
 
 def _span(outputs: Arrays, batch: Arrays) -> np.ndarray:

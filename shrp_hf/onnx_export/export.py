@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,11 @@ def _check_float32(path: Path, expected: Sequence[Arrays], batches: Sequence[Arr
 
 def _check_int8(measured: tuple[str, float], least: float) -> dict[str, Any]:
     measure, reached = measured
+    if math.isnan(reached):
+        raise RuntimeError(
+            f"The agreement of the int8 file ({measure}) is undefined: the model predicts one number for all that it was "
+            "compared on. Compare on sentences of your task (`texts`)."
+        )
     if not reached >= least:
         raise RuntimeError(
             f"The int8 file agrees with PyTorch on {reached:.3f} ({measure}), less than `min_agreement={least}`: nothing was "

@@ -22,6 +22,27 @@ def min_max(scores: torch.Tensor) -> torch.Tensor:
     return (scores - known.min()) / (span if span > 0 else 1)
 
 
+def telling(scores: torch.Tensor, what: str) -> torch.Tensor:
+    """Returns the scores if they tell heads apart: finite, and not all 0; NaN (no such head) stays.
+
+    Args:
+        scores: Shape (layers, heads).
+        what: What they are, for the message.
+
+    Raises:
+        ValueError: They do not.
+    """
+    known = scores[~scores.isnan()]
+    if known.any() and known.isfinite().all():
+        return scores
+    found = "0" if known.isfinite().all() else "infinite"
+    raise ValueError(
+        f"The {what} of {'every head' if found == '0' else 'a head'} is {found}, which chooses nothing: check that the model "
+        "has learned the task, that the batches carry its labels, and that some of them are hard enough to give a gradient; "
+        "score in float32, or take a selector that needs no gradient (entropy, magnitude, random)."
+    )
+
+
 @dataclass(kw_only=True, eq=False)
 class Selector(ABC):
     """Chooses the heads to keep; the model is left as it is.
@@ -121,7 +142,11 @@ class Selector(ABC):
                 raise ValueError("`stats` are those of a model with other heads: score this model.")
         self.measured = {}
         self._model = replace(choice, parameters=sum(p.numel() for p in model.parameters()))
-        self.scores = self._scored(model, stats)
+        try:
+            self.scores = self._scored(model, stats)
+        except ValueError:
+            self._model = self.scores = None  # neither this model is scored nor an earlier one
+            raise
         return self.scores
 
     def plan(self, budget: Budget | None = None) -> KeepPlan:

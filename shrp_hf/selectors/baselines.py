@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from shrp_hf.families import HeadLayout
 from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest, weight_magnitude
-from shrp_hf.selectors.base import Selector
+from shrp_hf.selectors.base import Selector, telling
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,12 +39,16 @@ class MagnitudeSelector(Selector):
     name: ClassVar[str] = "magnitude"
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats | None) -> torch.Tensor:
-        return weight_magnitude(model)
+        return telling(weight_magnitude(model), "weight magnitude")
 
 
 @dataclass(kw_only=True, eq=False)
 class EntropySelector(Selector):
-    """Keeps the heads whose attention is most focused: 1 - AE, AE as in HIES (arXiv 2510.13832)."""
+    """Keeps the heads whose attention is most focused: 1 - AE, AE as in HIES (arXiv 2510.13832).
+
+    This is the entropy term of HIES alone. The paper's baseline AD (section 5.1) goes the other way: it prunes the heads of
+    low entropy first, so it keeps the least focused ones.
+    """
 
     name: ClassVar[str] = "entropy"
 
@@ -62,8 +66,8 @@ class HisSelector(Selector):
     """Keeps the heads whose mask the loss reacts to most: HIS = E|dL/dm| (Michel et al. 2019).
 
     Args:
-        granularity: What the absolute value is taken over: "sample" (the paper), "token" (its code), "batch" (DSP,
-            CAHP).
+        granularity: What the absolute value is taken over: "sample" (the paper), "token" (its code, up to a scale per
+            layer: see `HeadStats.importance`), "batch" (DSP, CAHP).
         per_layer_normalisation: Divide by the L2 norm of the layer's scores, as the code of Michel et al. does.
     """
 
@@ -82,7 +86,7 @@ class HisSelector(Selector):
         return StatsRequest(importance=True)
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats) -> torch.Tensor:
-        scores = stats.importance(self.granularity)
+        scores = telling(stats.importance(self.granularity), "importance")
         if self.per_layer_normalisation:
             norm = scores.nan_to_num().norm(dim=1, keepdim=True)
             scores = scores / torch.where(norm > 0, norm, 1)

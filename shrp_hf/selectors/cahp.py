@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from shrp_hf.budget import Budget, find_knee
 from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest
 from shrp_hf.plan import KeepPlan
-from shrp_hf.selectors.base import Selector, min_max
+from shrp_hf.selectors.base import Selector, min_max, telling
 from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_similarity
 
 
@@ -103,9 +103,10 @@ class CahpSelector(Selector):
         position = {row: i for i, row in enumerate(stats.rows)}
         index = [position[row] for row in self.rows]
         mean, variance = (moment[:, index] for moment in stats.class_moments())
+        salience = telling(stats.importance(self.granularity, first_quarter=True), "salience")
         plane = embed(head_similarity(mean, variance), self.perplexity, self.max_iter, self.seed)
         self._clusters, self.labels = HeadClusters(plane, self.seed), None
-        return min_max(stats.importance(self.granularity, first_quarter=True))
+        return min_max(salience)
 
     def _count(self, budget: Budget) -> int:
         if budget.kind != "knee":

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 MIN_VARIANCE = 1e-6
+START_DEVIATION = 1e-4
+JITTER = 1e-3
 
 
 def jeffries_matusita(mean: torch.Tensor, variance: torch.Tensor, a: int, b: int) -> torch.Tensor:
@@ -44,13 +46,14 @@ def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed
     """Lays heads out in a plane by t-SNE (scikit-learn's defaults otherwise: PCA start, Barnes-Hut).
 
     One thread, and distances rounded to float32: t-SNE is chaotic, and neither the number of threads nor the last bits
-    of a sum may move a head.
+    of a sum may move a head. The seed does, as in the paper's code, whose PCA at the start is randomised: here the
+    exact components are moved by a thousandth of their deviation, about as much as two seeds of that PCA differ.
 
     Args:
         gram: X X^T, shape (rows, rows).
         perplexity: Neighbours that count.
         max_iter: Steps.
-        seed: Of scikit-learn's random state.
+        seed: Of the start.
 
     Returns:
         Shape (rows, 2).
@@ -80,7 +83,8 @@ def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed
                 "and that the labels belong to its inputs."
             )
         distances = np.sqrt(squared).astype(np.float32).astype(np.float64)
-        start = _principal_components(inner)
+        jitter = np.random.default_rng(seed).standard_normal((len(inner), 2))
+        start = _principal_components(inner) + (START_DEVIATION * JITTER * jitter).astype(np.float32)
         tsne = TSNE(perplexity=perplexity, max_iter=max_iter, random_state=seed, metric="precomputed", init=start, n_jobs=1)
         return tsne.fit_transform(distances).astype(np.float64)
 
@@ -92,7 +96,7 @@ def _principal_components(gram: np.ndarray) -> np.ndarray:
     components = vectors[:, [-1, -2]] * np.sqrt(np.maximum(values[[-1, -2]], 0))
     largest = np.abs(components).argmax(axis=0)
     components *= np.where(components[largest, [0, 1]] < 0, -1, 1)  # an eigenvector's sign is arbitrary
-    return (components / components[:, 0].std() * 1e-4).astype(np.float32)
+    return (components / components[:, 0].std() * START_DEVIATION).astype(np.float32)
 
 
 class HeadClusters:

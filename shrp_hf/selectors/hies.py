@@ -1,5 +1,6 @@
 """HIES: head importance and attention entropy in one score (arXiv 2510.13832)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -72,7 +73,10 @@ class HiesSelector(HisSelector):
             self._set_alpha(alpha)
             plans[alpha] = super().plan(budget)
             self.alpha_curve[alpha] = float(self.evaluate(plans[alpha]))
-        best = max(self.grid, key=self.alpha_curve.__getitem__)
+        known = {alpha: quality for alpha, quality in self.alpha_curve.items() if not math.isnan(quality)}
+        if not known:
+            raise ValueError(f"`evaluate` gives NaN for every alpha of `grid` {tuple(self.grid)}: give alpha, or more heads.")
+        best = max(known, key=known.__getitem__)
         self._set_alpha(best)
         return plans[best]
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.benchmark import measure_calls
+from shrp_hf.lengths import fitting_length
 from shrp_hf.onnx_export import export_onnx
 from shrp_hf.serving.results import ServingResult, ServingRow
 from shrp_hf.serving.runtimes import ONNX_RUNTIMES, RUNTIMES, OnnxRunner, Runner, TorchRunner
@@ -109,6 +110,7 @@ def measure_serving(
     """
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
+    options = _fitting(options, models)
     batches = {
         name: [workload.batches(model, processor) for workload in options.workloads]
         for name, (model, processor) in models.items()
@@ -126,6 +128,14 @@ def measure_serving(
         if exports is None:
             shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _fitting(options: ServingOptions, models: Served) -> ServingOptions:
+    """Clamps the lengths to what every model can read, so that all do the same work."""
+    texts = [model for model, _ in models.values() if model.main_input_name != "pixel_values"]
+    shapes = [(size, fitting_length(length, texts, name="shapes")) for size, length in options.shapes]
+    most = options.max_length and fitting_length(options.max_length, texts)
+    return replace(options, shapes=tuple(dict.fromkeys(shapes)), max_length=most)
 
 
 def _open_all(

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.benchmark import count_flops, random_inputs
-from shrp_hf.onnx_export.check import input_names, max_length
+from shrp_hf.lengths import num_positions
+from shrp_hf.onnx_export.check import input_names
 from shrp_hf.serving.runtimes import Batch
 
 
@@ -55,7 +56,8 @@ class Workload:
             return [random_inputs(model, self.batch_size, self.length)]
         if processor is None or model.main_input_name == "pixel_values":
             raise ValueError(f"`texts` need a text model with its tokenizer, and {type(model).__name__} has none.")
-        longest = min(max_length(model), processor.model_max_length, self.length or max_length(model))
+        limits = (num_positions(model), processor.model_max_length, self.length)
+        longest = min(limit for limit in limits if limit is not None)
         names = input_names(model, processor)
         rows = processor(list(self.texts), truncation=True, max_length=longest)
         order = by_length(rows["input_ids"])

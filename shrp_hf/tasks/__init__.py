@@ -1,7 +1,22 @@
-"""What a model is trained and judged on: GLUE, SST-5, docstrings, a directory or a Hub data set."""
+"""What a model is trained and judged on: GLUE, SST-5, docstrings, a file, a directory or a Hub data set."""
 
+from shrp_hf.tasks.baseline import Baseline, baseline_of, check_learned
+from shrp_hf.tasks.columns import Reading
+from shrp_hf.tasks.kinds import KINDS, Kind
+from shrp_hf.tasks.labels import label_names_of
 from shrp_hf.tasks.loading import load_task
 from shrp_hf.tasks.sources import TASK_NAMES
 from shrp_hf.tasks.task import Task
 
-__all__ = ["TASK_NAMES", "Task", "load_task"]
+__all__ = [
+    "KINDS",
+    "TASK_NAMES",
+    "Baseline",
+    "Kind",
+    "Reading",
+    "Task",
+    "baseline_of",
+    "check_learned",
+    "label_names_of",
+    "load_task",
+]

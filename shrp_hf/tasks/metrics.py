@@ -1,11 +1,12 @@
 """GLUE's metrics as local `evaluate` modules: `evaluate.load` fetches each from the Hub, these need no network."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import evaluate
 import numpy as np
-from datasets import Features, Value
+from datasets import Features, List, Value
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -17,12 +18,13 @@ class LocalMetric(evaluate.Metric):
     """
 
     value_type = "int64"
+    takes_several = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
-        value = Value(self.value_type)
+        value = List(Value(self.value_type)) if self.takes_several else Value(self.value_type)
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
@@ -46,6 +48,24 @@ class F1(LocalMetric):
         return {"f1": float(f1_score(references, predictions, average=average, zero_division=0.0))}
 
 
+class MicroF1(LocalMetric):
+    """F1 over all decisions for all labels together, 0 to 1, where a row can have several: arrays (samples, labels)."""
+
+    takes_several = True
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"f1_micro": float(f1_score(references, predictions, average="micro", zero_division=0.0))}
+
+
+class MacroF1(LocalMetric):
+    """Mean over the labels of the F1 of each, 0 to 1, where a row can have several: arrays (samples, labels)."""
+
+    takes_several = True
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
+
+
 class MatthewsCorrelation(LocalMetric):
     """Matthews correlation coefficient, -1 to 1."""
 
@@ -54,7 +74,7 @@ class MatthewsCorrelation(LocalMetric):
 
 
 class Pearson(LocalMetric):
-    """Pearson correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+    """Pearson correlation, -1 to 1; NaN where it is undefined: predictions or references are constant."""
 
     value_type = "float64"
 
@@ -63,7 +83,7 @@ class Pearson(LocalMetric):
 
 
 class Spearman(LocalMetric):
-    """Spearman rank correlation, -1 to 1; 0 where predictions or references are constant, where scipy gives NaN."""
+    """Spearman rank correlation, -1 to 1; NaN where it is undefined: predictions or references are constant."""
 
     value_type = "float64"
 
@@ -72,15 +92,19 @@ class Spearman(LocalMetric):
 
 
 def _correlation(function: Any, predictions: np.ndarray, references: np.ndarray) -> float:
-    # A NaN here would make Trainer's choice of the best checkpoint arbitrary.
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0
-    return float(function(predictions, references)[0])
+    return math.nan if _is_constant(predictions) or _is_constant(references) else float(function(predictions, references)[0])
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    """Whether the values differ by no more than the rounding of float32, in which one constant varies from batch to batch."""
+    return np.ptp(values) <= 16 * np.finfo(np.float32).eps * np.abs(values).max()
 
 
 METRICS: dict[str, type[LocalMetric]] = {
     "accuracy": Accuracy,
     "f1": F1,
+    "f1_macro": MacroF1,
+    "f1_micro": MicroF1,
     "matthews_correlation": MatthewsCorrelation,
     "pearson": Pearson,
     "spearmanr": Spearman,

@@ -1,37 +1,29 @@
-"""Where rows come from, the Hub or a directory, and one table of what is known about GLUE and SST-5."""
+"""Where rows come from, the Hub, a file or a directory, and one table of what is known about GLUE and SST-5."""
 
 import math
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+
+from shrp_hf.tasks.files import SUFFIXES, Table, read_file
 
 _GLUE = "nyu-mll/glue"
 _ACCURACY = ("accuracy",)
 _ACCURACY_F1 = ("accuracy", "f1")
 _ENTAILMENT = ("entailment", "not_entailment")
 
-PAIR_COLUMNS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text", "text_pair"),
-    ("text1", "text2"),
-)
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
-LABEL_COLUMNS = ("label", "labels", "score", "target")
-# How GLUE marks the rows of its hidden test sets, and SNLI those without agreement.
-UNLABELLED = (-1, "-1", None)
 SPLITS = {
     "train": ("train", "train_subset"),
-    "validation": ("dev", "dev_matched", "validation", "validation_matched"),
+    "validation": ("dev", "dev_matched", "validation", "validation_matched", "valid", "val", "eval"),
     "test": ("test", "test_matched"),
 }
 """Our splits to the file stems and Hub split names that hold them, the first one found winning."""
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_SAVED = ("dataset_dict.json", "state.json")  # by `save_to_disk`: several splits, or one
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ SPECS = {
 }
 
 TASK_NAMES = (*SPECS, "docstrings")
-"""Names that `load_task` knows; any other is a directory or a Hub data set."""
+"""Names that `load_task` knows; any other is a file, a directory or a Hub data set."""
 
 
 def canonical(name: str) -> str:
@@ -92,29 +84,44 @@ def find_directory(name: str, data_dir: str | Path) -> Path:
             return folder
     # A folder of another task would be read without complaint where its labels happen to fit.
     other = canonical(root.resolve().name)
-    if _split_files(root) and (other == canonical(name) or other not in SPECS):
+    if (_is_saved(root) or _split_files(root)) and (other == canonical(name) or other not in SPECS):
         return root
     raise ValueError(
-        f"`data_dir` {str(root)!r} holds neither a folder named {name!r} nor that task's train.tsv; its folders are "
+        f"`data_dir` {str(root)!r} holds neither a folder named {name!r} nor that task's files; its folders are "
         f"{[folder.name for folder in folders]}."
     )
 
 
-def read_directory(folder: Path) -> dict[str, Dataset]:
-    """Reads the tab-separated files of a folder: UTF-8, one header line, no quoting (`csv.QUOTE_NONE`).
+def read_path(path: Path, raw_quotes: bool = False) -> dict[str, Table]:
+    """Reads a file, which is all training rows, or a directory.
+
+    A directory holds a file for each split, told by its name (`train.csv`, `reviews-dev.jsonl`, shards as the Hub has
+    them), or a single file, or what `save_to_disk` of `datasets` wrote; the files may lie in its folder `data`.
+
+    Args:
+        path: The file or directory.
+        raw_quotes: Quotes in a TSV file are always text.
 
     Returns:
-        Raw columns of strings per split; "train" and one or both of "validation" (dev.tsv) and "test".
+        Raw rows per split: "train", and perhaps "validation" and "test".
 
     Raises:
-        ValueError: There is no training file, or a file is empty or has a row of another width than its header.
+        ValueError: There is no training file or more than one, or a file cannot be read.
     """
-    files = _split_files(folder)
+    if path.is_file():
+        return {"train": read_file(path, raw_quotes)}
+    if _is_saved(path):
+        return _read_saved(path)
+    files = _split_files(path)
     if "train" not in files:
-        names = " or ".join(f"{stem}.tsv" for stem in SPLITS["train"])
-        held = sorted(path.name for path in folder.iterdir())
-        raise ValueError(f"Directory {str(folder)!r} must hold {names}; it holds {held}.")
-    return {split: _read_tsv(path) for split, path in files.items()}
+        held = sorted(file.name for file in path.iterdir())
+        raise ValueError(
+            f"Directory {str(path)!r} must hold a training file, such as train.csv ({', '.join(SUFFIXES)}); it holds {held}."
+        )
+    return {
+        split: Table.joined([read_file(file, raw_quotes) for file in found], f"{found[0].parent.name}, {split}")
+        for split, found in files.items()
+    }
 
 
 def read_hub(path: str, config: str | None = None) -> dict[str, Dataset]:
@@ -130,124 +137,57 @@ def read_hub(path: str, config: str | None = None) -> dict[str, Dataset]:
         splits = load_dataset(path, config)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
-            f"{path!r} is none of the tasks {', '.join(TASK_NAMES)}, no directory, and could not be loaded from the "
+            f"{path!r} is none of the tasks {', '.join(TASK_NAMES)}, no file or directory, and could not be loaded from the "
             f"Hub as {path!r} with configuration {config!r} (append one as 'id:configuration'): {error}"
         ) from error
+    return _known_splits(splits, path)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def _read_saved(path: Path) -> dict[str, Table]:
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"Directory {str(path)!r} cannot be read as a data set saved by `save_to_disk`: {error}") from error
+    splits = {"train": saved} if isinstance(saved, Dataset) else _known_splits(saved, str(path))
+    return {split: Table.of(rows, f"{path.name}, {split}") for split, rows in splits.items()}
+
+
+def _known_splits(splits: dict[str, Dataset], source: str) -> dict[str, Dataset]:
     found = {split: name for split, names in SPLITS.items() for name in names[::-1] if name in splits}
     if "train" not in found:
-        raise ValueError(f"Data set {path!r} must have a split 'train', got {sorted(splits)}.")
+        raise ValueError(f"Data set {source!r} must have a split 'train', got {sorted(splits)}.")
     return {split: splits[name] for split, name in found.items()}
 
 
-def text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """Guesses which columns hold the text, or the two texts of a pair.
-
-    Raises:
-        ValueError: None of the known names is there.
-    """
-    for names in (*PAIR_COLUMNS, *((name,) for name in TEXT_COLUMNS)):
-        if set(names) <= set(columns):
-            return names
-    known = [*TEXT_COLUMNS, *("+".join(pair) for pair in PAIR_COLUMNS)]
-    raise ValueError(f"no text column among {list(columns)}: rename one (or two, for a pair) to one of {known}.")
-
-
-def label_column(columns: Sequence[str]) -> str:
-    """Guesses which column holds the label.
-
-    Raises:
-        ValueError: None of the known names is there.
-    """
-    for name in LABEL_COLUMNS:
-        if name in columns:
-            return name
-    raise ValueError(f"no label column among {list(columns)}: rename one to one of {list(LABEL_COLUMNS)}.")
-
-
-def is_labelled(dataset: Dataset) -> bool:
-    """Whether any row has a label."""
-    name = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-    return name is not None and any(label not in UNLABELLED for label in dataset[name])
-
-
-def guess_label_names(dataset: Dataset) -> tuple[str, ...]:
-    """Finds the classes of a data set that no table describes.
-
-    Whole numbers are class indices, other numbers a regression target, words class names in alphabetical order.
-
-    Returns:
-        Class names, empty for regression.
-
-    Raises:
-        ValueError: There is no label column, or it holds fewer than two classes, or a negative one.
-    """
-    column = label_column(dataset.column_names)
-    feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    values = _as_numbers([label for label in dataset[column] if label not in UNLABELLED])
-    kinds = {type(value) for value in values}
-    if kinds == {float}:
-        return ()
-    if kinds == {int} and min(values) >= 0 and max(values) > 0:
-        return tuple(str(index) for index in range(max(values) + 1))
-    if kinds in ({str}, {bool}) and len(set(values)) > 1:
-        return tuple(sorted({str(value) for value in values}))
-    raise ValueError(
-        f"column {column!r} must hold at least two classes (indices from 0, or names) or decimal numbers, got values "
-        f"such as {sorted(set(map(str, values)))[:5]}."
-    )
-
-
-def parse_label(label: Any, spec: TaskSpec) -> int | float:
-    """Turns a raw label into a class index or a regression value.
-
-    Raises:
-        ValueError: It is neither an index or name of a class nor, for regression, a number within `label_range`.
-    """
-    names = spec.label_names or ()
-    if label in names:
-        return names.index(label)
-    try:
-        value = float(label)
-    except (TypeError, ValueError):
-        value = math.nan
-    if names:
-        if not (value.is_integer() and 0 <= value < len(names)):
-            raise ValueError(f"label {label!r} is out of range: indices go from 0 to {len(names) - 1}, names: {names}.")
-        return int(value)
-    low, high = spec.label_range
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"label {label!r} is out of range: it must be a number from {low} to {high}.")
-    return value
-
-
-def _as_numbers(labels: list[Any]) -> list[Any]:
-    for number in (int, float):
-        try:
-            return [number(label) if isinstance(label, str) else label for label in labels]
-        except ValueError:
-            continue
-    return labels
-
-
-def _split_files(folder: Path) -> dict[str, Path]:
-    paths = {
-        split: [folder / f"{stem}.tsv" for stem in stems if (folder / f"{stem}.tsv").is_file()]
-        for split, stems in SPLITS.items()
-    }
-    return {split: found[0] for split, found in paths.items() if found}
-
-
-def _read_tsv(path: Path) -> Dataset:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file]
-    if len(lines) < 2:
-        raise ValueError(f"File {str(path)!r} must hold a header and at least one row, got {len(lines)} lines.")
-    header, *rows = lines
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Finds the files of each split by their names."""
+    files = _data_files(folder) or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
+    stems: dict[str, list[Path]] = {}
+    for file in files:
+        stems.setdefault(_SHARD.sub("", file.stem.lower()), []).append(file)
+    found = {}
+    for split, names in SPLITS.items():
+        exact = [stem for stem in names if stem in stems][:1]
+        words = {*names, *(["training"] if split == "train" else [])}
+        alike = exact or [stem for stem in stems if words & set(re.split("[^a-z0-9]+", stem)) and "mismatched" not in stem]
+        candidates = [file for stem in alike for file in stems[stem]]
+        if len(alike) > 1 or (len(candidates) > 1 and not all(_SHARD.search(file.stem) for file in candidates)):
             raise ValueError(
-                f"File {str(path)!r}, line {number}: expected {len(header)} tab-separated fields ({header}), got {len(row)}."
+                f"Directory {str(folder)!r} has several files that could be its split {split!r}: "
+                f"{[file.name for file in candidates]}. Leave one there, or name a file as the data set."
             )
-    return Dataset.from_dict(dict(zip(header, zip(*rows, strict=True), strict=True)))
+        if candidates:
+            found[split] = candidates
+    return found if found or len(files) != 1 else {"train": files}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.name not in _NO_DATA and not path.name.startswith(".")
+    )

@@ -1,7 +1,7 @@
 """Cutting the held-out rows, on which everything is chosen, from a training set without leaking one into the other."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 
 def cut_by_text(texts: Sequence[str], size: int, seed: int) -> tuple[list[int], list[int]]:
@@ -30,6 +30,40 @@ def cut_by_text(texts: Sequence[str], size: int, seed: int) -> tuple[list[int], 
     for group in groups[1:]:
         if len(held_out) + len(group) <= size:
             held_out.extend(group)
+    return _sides(range(len(texts)), held_out)
+
+
+def cut_stratified(texts: Sequence[str], strata: Sequence[Hashable], size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Cuts held-out rows so that a text is on one side only and each stratum gives about the same share of its rows.
+
+    Args:
+        texts: First text of each row.
+        strata: Class of each row, or whatever is to be divided evenly; a text goes by its first row.
+        size: Rows to hold out, about.
+        seed: Seed of the draw.
+
+    Returns:
+        Row indices to keep and row indices held out, both ascending; the last text of a stratum is kept.
+
+    Raises:
+        ValueError: No text can be held out while another one stays.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        rows.setdefault(text, []).append(row)
+    groups: dict[Hashable, list[list[int]]] = {}
+    for group in rows.values():
+        groups.setdefault(strata[group[0]], []).append(group)
+    share, held_out, owed = size / max(1, len(texts)), [], 0.0
+    generator = random.Random(seed)
+    for members in sorted(groups.values(), key=len):
+        generator.shuffle(members)
+        # What is owed by rounding is taken from the next, larger stratum.
+        owed += share * sum(map(len, members))
+        for group in members[1:]:
+            if len(group) <= owed + 0.5:
+                held_out.extend(group)
+                owed -= len(group)
     return _sides(range(len(texts)), held_out)
 
 

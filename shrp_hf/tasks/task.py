@@ -1,6 +1,7 @@
 """`Task`: three splits, what their labels mean, and how a prediction is judged."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,35 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-_NEEDS_METRICS = "Computing metrics needs evaluate, scikit-learn and scipy: pip install 'shrp_hf[metrics]'"
+from shrp_hf.lengths import fitting_length
+from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
+
+_MOST_SHOWN = 8  # classes that are named
+_NEEDS_METRICS = "Computing metrics needs scikit-learn: pip install 'shrp_hf[metrics]'"
+
+
+def shown(value: float | None, form: str = ".4f") -> str:
+    """Prints a metric, or that it is undefined: a correlation is, where all predictions are one number.
+
+    Args:
+        value: The metric, or a ratio of two; NaN or None where it is undefined.
+        form: Format of a number.
+    """
+    return "undefined: constant predictions" if value is None or math.isnan(value) else format(value, form)
+
+
+def for_json(value: Any) -> Any:
+    """Returns what JSON can hold: None for numbers that are not finite, also inside of mappings and lists."""
+    if isinstance(value, Mapping):
+        return {name: for_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One text classification or regression task.
+    """One task on texts: classification, with one label a row or several, or regression.
 
     Args:
         name: Name under which it was loaded.
@@ -24,6 +48,8 @@ class Task:
         label_names: One name per class; empty for regression.
         metric_names: What `compute_metrics` returns; the first one is the headline.
         reported: Where the reported rows come from, for tables and cards.
+        kind_name: Its kind, a name in `KINDS`; empty: a classification if there are `label_names`, else a regression.
+        notes: What is worth saying about how its rows were read.
     """
 
     name: str
@@ -33,6 +59,13 @@ class Task:
     label_names: tuple[str, ...]
     metric_names: tuple[str, ...]
     reported: str
+    kind_name: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task."""
+        return KINDS[self.kind_name or (CLASSIFICATION if self.label_names else REGRESSION).name]
 
     @property
     def headline(self) -> str:
@@ -47,7 +80,7 @@ class Task:
     @property
     def is_regression(self) -> bool:
         """Whether labels are numbers rather than classes."""
-        return not self.label_names
+        return self.kind is REGRESSION
 
     @property
     def num_labels(self) -> int:
@@ -57,7 +90,7 @@ class Task:
     @property
     def problem_type(self) -> str:
         """The value of `problem_type` in a Transformers config."""
-        return "regression" if self.is_regression else "single_label_classification"
+        return self.kind.problem_type
 
     @property
     def config_kwargs(self) -> dict[str, Any]:
@@ -71,13 +104,14 @@ class Task:
             "label2id": label2id,
         }
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> DatasetDict:
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, model: Any = None) -> DatasetDict:
         """Turns the three splits into token ids, unpadded: a `DataCollatorWithPadding` pads each batch to its longest.
 
         Args:
             tokenizer: The model's tokenizer.
-            max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. A tokenizer
-                with a smaller limit wins.
+            max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. More than
+                the tokenizer or the model allows is clamped, and said in the log.
+            model: The model that will read them, or its config.
 
         Returns:
             The splits "train", "validation" and "test", with the tokenizer's columns and `label`.
@@ -86,7 +120,7 @@ class Task:
             ValueError: `max_length` leaves no room for a token of text.
         """
         special = tokenizer.num_special_tokens_to_add(pair=self.is_pair)
-        length = min(max_length, tokenizer.model_max_length)
+        length = fitting_length(max_length, [] if model is None else [model], tokenizer)
         if length <= special:
             raise ValueError(f"`max_length` must exceed the {special} special tokens of a sequence, got {max_length}.")
 
@@ -102,21 +136,41 @@ class Task:
 
         Args:
             prediction: Logits of shape (samples, num_labels), or a tuple that begins with them, and labels of shape
-                (samples,).
+                (samples,), with several labels a row (samples, num_labels).
 
         Returns:
-            One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1). F1 is that
-            of class 1 with two classes, macro-averaged with more.
+            One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1, NaN where one is
+            undefined because the predictions are constant). F1 is that of class 1 with two classes, macro-averaged with more.
 
         Raises:
             ImportError: The extra `metrics` is not installed.
-            ValueError: The logits do not have one column per label.
+            ValueError: The logits do not have one column per label, or are not finite.
         """
         try:
             from shrp_hf.tasks.metrics import measure
         except ImportError as error:
             raise ImportError(_NEEDS_METRICS) from error
         return measure(self.metric_names, *self._decisions(prediction), self._average)
+
+    def describe(self) -> str:
+        """Says in a few lines what was understood: kind, rows, classes with their shares, and how the rows were read."""
+        lines = [f"{self.name}: {self.kind.name}, {self._labels()}"]
+        lines.append(
+            f"{len(self.train):,} training rows, {len(self.validation):,} held out of training to choose on, "
+            f"{len(self.test):,} to report on ({self.reported})"
+        )
+        return "\n  ".join((*lines, *self.notes))
+
+    def _labels(self) -> str:
+        labels = np.asarray(self.train["label"], dtype=np.float64)
+        if self.is_regression:
+            return f"values from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}"
+        shares = labels.mean(axis=0) if self.kind is MULTILABEL else np.bincount(labels.astype(int), minlength=self.num_labels)
+        shares = shares if self.kind is MULTILABEL else shares / len(labels)
+        order = np.argsort(-shares, kind="stable")[:_MOST_SHOWN]
+        more = f" and {self.num_labels - len(order)} more" if self.num_labels > len(order) else ""
+        what = "labels" if self.kind is MULTILABEL else "classes"
+        return f"{self.num_labels} {what}: " + ", ".join(f"{self.label_names[i]} {shares[i]:.1%}" for i in order) + more
 
     def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
         """Judges several models on rows drawn again and again with replacement, the same rows for all of them.
@@ -150,12 +204,18 @@ class Task:
         """Returns the predicted classes or values, and the labels."""
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
-        labels = np.asarray(prediction.label_ids).reshape(-1)
+        labels = np.asarray(prediction.label_ids)
+        labels = labels if self.kind is MULTILABEL else labels.reshape(-1)
         if logits.shape != (len(labels), self.num_labels):
             raise ValueError(
                 f"`prediction` must hold logits of shape {(len(labels), self.num_labels)} for task {self.name!r}, "
                 f"got {logits.shape}. Build the model with `**task.config_kwargs`."
             )
-        if self.is_regression:
-            return logits[:, 0].astype(np.float64), labels.astype(np.float64)
-        return logits.argmax(axis=-1), labels
+        if not np.isfinite(logits).all():  # of NaN, argmax would make the first class
+            rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+            raise ValueError(
+                f"`prediction` holds logits that are not finite, first in row {rows[0]} ({len(rows)} of {len(logits)}): a "
+                "weight is damaged, or half precision overflows: load another checkpoint, or evaluate in float32."
+            )
+        decided = self.kind.decide(logits)
+        return decided, labels.astype(decided.dtype)
