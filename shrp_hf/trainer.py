@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from shrp_hf.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
+from shrp_hf.dropout import dropout_rates
 from shrp_hf.files import writing_to
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
@@ -21,7 +22,8 @@ from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plan import KeepPlan
 from shrp_hf.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.surgery import to_shrp
-from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, stage_rate
+from shrp_hf.teacher_outputs import ROW_COLUMN, TeacherOutputs
+from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, check_lesson
 from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class ShrpTrainer(FiniteTrainer):
         model_init: As in Trainer.
         teacher: A model with the same labels that the student follows: its logits, hidden states and value
             relations, each with its weight in the arguments. For the last two it has as many layers or more, and for
-            hidden states the same width. It is frozen; where it shares weights with the model, a copy of it is.
+            hidden states the same width. It is frozen; where it shares weights with the model, a copy of it is. Or what
+            such a model said about the rows of `train_dataset`, without value relations.
         **kwargs: As in Trainer.
 
     Raises:
@@ -63,14 +66,17 @@ class ShrpTrainer(FiniteTrainer):
         processing_class: Any = None,
         model_init: Callable | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | TeacherOutputs | None = None,
         **kwargs: Any,
     ) -> None:
         args = ShrpTrainingArguments("trainer_output") if args is None else args
         self._layers_to_convert: list[int] = []
         self._schedule: StageSchedule | None = None
         self._usage_dataset: Dataset | None = None
-        if teacher is not None:
+        check_lesson(args, teacher)
+        if isinstance(teacher, TeacherOutputs):
+            train_dataset = teacher.numbered(train_dataset)
+        elif teacher is not None:
             teacher = own_teacher(teacher, model)
         if model is not None:
             model = self._with_expert_layers(model, args)
@@ -95,7 +101,7 @@ class ShrpTrainer(FiniteTrainer):
             self.model_accepts_loss_kwargs = False
         if self._layers_to_convert:
             self._check_parallelism()
-        if teacher is not None:  # of a model that `model_init` made, nothing is known before
+        if isinstance(teacher, nn.Module):  # of a model that `model_init` made, nothing is known before
             teacher = own_teacher(teacher, self.model).to(self.args.device).eval().requires_grad_(False)
         self.teacher = teacher
         self._window: list[torch.Tensor] = []
@@ -160,22 +166,7 @@ class ShrpTrainer(FiniteTrainer):
         """A constant (or `balance_lr_scheduler_type`) rate in stage "balance", then the usual decay in "specialise"."""
         if self.lr_scheduler is not None or not self._layers_to_convert:
             return super().create_scheduler(num_training_steps, optimizer)
-        args = self.args
-        schedule = args.schedule(self._layers_to_convert, num_training_steps)
-        warmup = args.get_warmup_steps(num_training_steps)
-        balance_type = args.balance_lr_scheduler_type
-        if balance_type == "constant" and warmup:
-            balance_type = "constant_with_warmup"
-        balance = stage_rate(balance_type, warmup, schedule.balance_steps, None)
-        steps = num_training_steps - schedule.balance_steps
-        specialise = stage_rate(args.lr_scheduler_type, 0, steps, args.lr_scheduler_kwargs)
-        ratio = 1.0 if args.balance_learning_rate is None else args.balance_learning_rate / args.learning_rate
-
-        def factor(step: int) -> float:
-            if schedule.stage(step) == "balance":
-                return ratio * balance(step)
-            return specialise(step - schedule.balance_steps)
-
+        factor = self.args.stages_rate(self._layers_to_convert, num_training_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -191,6 +182,16 @@ class ShrpTrainer(FiniteTrainer):
             else:
                 model.finish_conversion_()
         return output
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        rates = {kind: getattr(self.args, f"{kind}_dropout", None) for kind in ("hidden", "attention", "classifier")}
+        with dropout_rates(self.accelerator.unwrap_model(self.model), **rates):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.teacher, TeacherOutputs) and ROW_COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW_COLUMN]
 
     def _save_checkpoint(self, *args: Any) -> None:
         with writing_to(self.args.output_dir):
@@ -236,6 +237,7 @@ class ShrpTrainer(FiniteTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing and own losses take the labels out
+        inputs = {name: value for name, value in inputs.items() if name != ROW_COLUMN}
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
@@ -251,8 +253,9 @@ class ShrpTrainer(FiniteTrainer):
             extra = extra + self._teacher_loss(given, outputs, wants_hidden, values)
         if self.compute_loss_func is not None:
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
-        self._record(loss if task is None else task, balance, outputs.get("router_logits"))
-        loss = loss + extra
+        task = loss if task is None else task
+        self._record(task, balance, outputs.get("router_logits"))
+        loss = loss + (self._weight("task_weight") - 1) * task + extra
         return (loss, outputs) if return_outputs else loss
 
     def _weight(self, name: str) -> float:
@@ -390,7 +393,7 @@ class ShrpTrainer(FiniteTrainer):
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in loader:
-                inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in self.label_names}
+                inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in (*self.label_names, ROW_COLUMN)}
                 for row, logits in zip(total, model(**inputs).router_logits, strict=True):
                     chosen = logits.topk(model.config.experts_per_sequence, dim=-1).indices.flatten()
                     row += torch.bincount(chosen, minlength=len(row))
@@ -440,3 +443,4 @@ class _StageCallback(TrainerCallback):
 
 def _is_routed(model: Any) -> bool:
     return isinstance(model, ShrpModelMixin) and model.config.is_routed
+

@@ -17,7 +17,7 @@ ROWS = (
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
     ("selectors",),
-    ("tasks", "distillation", "sampling"),
+    ("tasks", "distillation", "dropout", "sampling", "teacher_outputs"),
     ("trainer", "dsp", "onnx_export"),
     ("recipes",),
     ("benchmark",),
