@@ -74,8 +74,7 @@ class Workflow:
         self.task = task
         self.output = output
         self.options = options
-        data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
-        claim(output, {"model": model_name, **data, **asdict(options)})
+        claim(output, {"model": model_name, **task.identity, **asdict(options)})
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=AutoConfig.from_pretrained(model_name))
         self.setup = Setup(

@@ -199,9 +199,10 @@ def test_agreement_of_a_regression_is_equality_within_the_tolerance(work, tmp_pa
     for tolerance in (0.0, 100.0):
         settings = Settings(str(tmp_path / "model"), **SETTINGS, tolerance=tolerance)
         grid = Grid(selectors=("random",), heads=(4,), recovery_epochs=(0,))
-        made = Comparison(settings, grid, task, tmp_path / str(tolerance))
+        made = Comparison(settings, grid, task, tmp_path / str(tolerance), force=True)
         assert made.run() == {}
         dense, cut = read_cells(tmp_path / str(tolerance))
+        assert dense["baseline"]["metrics"] == {"pearson": None, "spearmanr": None}  # a constant has no correlation
         assert (dense["method"], dense["agreement"], dense["correct"]) == ("dense", 1, None)
         agreements.append(cut["num_agreeing"])
     assert agreements == [0, 9]
@@ -244,13 +245,17 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     assert {"heads-heads-6.png", "heads-knee_degree-3.png"} <= set(written)
     with written["cells.csv"].open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(read_cells(compared))
+    assert len([row for row in rows if row["method"] != "majority"]) == len(read_cells(compared))
+    assert [(row["key"], row["accuracy"]) for row in rows[-2:]] == [("majority-seed0", "0.5"), ("majority-seed1", "0.5")]
     values = [float(row["accuracy"]) for row in rows if re.match(r"random-heads6-recovery0-seed\d", row["key"])]
     mean = sum(values) / 2
     margin = 12.706204736 * abs(values[0] - values[1]) / 2  # t(0.975, 1), standard error of two values
     table = written["table.md"].read_text(encoding="utf-8")
     (line,) = [line for line in table.splitlines() if line.startswith("| random, 6 heads | 0 recovery | 2 |")]
     assert f"| {mean:.4f} ± {margin:.4f} |" in line
+    (line_of_majority,) = [line for line in table.splitlines() if line.startswith("| majority class (")]
+    assert "| 0.5000 ± 0.0000 |" in line_of_majority
+    assert line_of_majority.count("|") == line.count("|")
     assert line.endswith("| 2.00x |")
     page = written["report.html"].read_text(encoding="utf-8")
     model = Path(json.loads((compared / "cells" / "dense-seed0.json").read_text(encoding="utf-8"))["settings"]["model"])
@@ -317,7 +322,7 @@ sys.argv = ["shrp-hf", *sys.argv[1:]]
 cli.main()
 """
 WORDS = ["--dataset", "sst2", "--selectors", "magnitude", "--keep", "0.75,0.5", "--seeds", "0,1", "--recovery-epochs", "1"]
-WORDS += ["--no-speed", "--batch-size", "8", "--max-length", "16", "--expert-layers", "1"]
+WORDS += ["--no-speed", "--force", "--batch-size", "8", "--max-length", "16", "--expert-layers", "1"]
 
 
 def start(work, output):
@@ -501,7 +506,7 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     ):
         Grid(expert_layers=(1,)).check(ModelShape(3, 4, has_expert_layers=False))
     grid = Grid(selectors=("cahp",), heads=(6,))
-    with pytest.raises(ValueError, match="compares classes, but the task is a regression: leave it out"):
+    with pytest.raises(ValueError, match="compares classes, but the task has no single class for each row"):
         grid.check(ModelShape(3, 4, has_classes=False))
     monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):

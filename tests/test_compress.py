@@ -101,6 +101,7 @@ def trainings(monkeypatch):
 
 def compression(plain, folder, targets, held_out=None, reported=None, **options):
     predict = {} if held_out is None else {"predict": predict_by(held_out, reported)}
+    options.setdefault("force", held_out is None)  # a model of random weights is no better than the majority class
     return Compression(plain, TASK, folder, replace(QUICK, targets=targets, **options), measure=flop_time, **predict)
 
 
@@ -379,10 +380,38 @@ def test_speed_out_of_reach_is_refused_before_anything_is_trained(plain, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "speeds.json"}
 
 
-def test_dense_model_that_has_learned_nothing_is_refused(plain, tmp_path):
-    job = compression(plain, tmp_path, Targets(None, 0.9), {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0})
-    with pytest.raises(ValueError, match="needs a dense model that has learned: its held-out accuracy is 0.0000"):
+def test_dense_model_that_has_learned_nothing_is_refused(plain, tmp_path, trainings):
+    majority = dict.fromkeys(range(4), 0.5)  # what always answering "negative" reaches
+    job = compression(plain, tmp_path, Targets(speedup=1.9), majority)
+    message = (
+        r"has learned nothing that could be kept: its accuracy on the 20 held-out rows is 0\.5000, not above the 0\.5000 of "
+        r"the majority class \(negative\)\. .* `--force`"
+    )
+    with pytest.raises(ValueError, match=message):
         job.run()
+    assert trainings == ["dense"]  # loaded, nothing else
+    forced = compression(plain, tmp_path, Targets(speedup=1.9), majority, force=True)
+    assert forced.run().met
+    table = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| majority class (negative) | | | | | 0.5000 | | |" in table
+    assert "| majority class (negative) | 0.500 (0.352 to 0.648) | - |" in table
+
+
+def test_a_dense_model_without_quality_has_no_shares(plain, tmp_path):
+    nothing = dict.fromkeys(range(4), 0.0)
+    with pytest.raises(ValueError, match="needs a dense model that has learned: its held-out accuracy is 0.0000"):
+        compression(plain, tmp_path / "a", Targets(None, 0.9), nothing, force=True).run()
+    shown = []
+    compression(plain, tmp_path / "b", Targets(speedup=1.9), nothing, force=True).run(say=shown.append, show=shown.append)
+    report = (tmp_path / "b" / "report.md").read_text(encoding="utf-8")
+    assert "nan" not in report + "".join(shown)
+    assert (
+        "No share of the dense model's quality can be given (a dash): its accuracy is not above 0, or one is undefined."
+        in report
+    )
+    summary = (tmp_path / "b" / "compress.json").read_text(encoding="utf-8")
+    assert "NaN" not in summary
+    assert json.loads(summary)["reported"]["retention"] is None
 
 
 def test_output_of_another_run_is_refused(plain, tmp_path):

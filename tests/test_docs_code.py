@@ -47,6 +47,8 @@ def stand_ins(tmp_path_factory):
     root = tmp_path_factory.mktemp("stand-ins")
     (root / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
     tokenizer = BertTokenizer(vocab=str(root / "vocab.txt"), model_max_length=40)
+    lines = [f"{text},{('bad', 'good')[row % 2]}" for row, text in enumerate(rows(60)["sentence"])]
+    (root / "reviews.csv").write_text("\n".join(["Review,Sentiment", *lines]) + "\n", encoding="utf-8")
 
     def save(model, *names):
         for name in names:
@@ -146,6 +148,9 @@ def data_from_the_hub(monkeypatch):
     monkeypatch.setattr("shrp_hf.tasks.loading.docstring_rows", docstrings)
     # A stand-in's speed is that of the machine's mood: what a page promises of a speed-up is reached here by FLOPs.
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
+    # Nor has a stand-in learned anything.
+    for module in ("compress", "compare"):
+        monkeypatch.setattr(f"shrp_hf.{module}.run.check_learned", lambda *args: None)
     # The package's attribute of this name is the command.
     monkeypatch.setattr(sys.modules["shrp_hf.cli.train"], "_demo_model", lambda: Path("bert-base-uncased"))
 

@@ -268,15 +268,15 @@ def test_any_hub_data_set_is_a_task(monkeypatch):
         (DatasetDict(test=Dataset.from_dict({"text": ["a"], "label": [0]})), "must have a split 'train'"),
         (
             DatasetDict(train=Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})),
-            "labelled test or validation split",
+            "no class has two texts, so none of 2 rows can be held out",
         ),
         (
             DatasetDict({key: Dataset.from_dict({"words": ["a", "b"], "label": [0, 1]}) for key in ("train", "test")}),
-            "no text column among .'words', 'label'.: rename",
+            "no text column among .'words', 'label'.: name it with `text_column`",
         ),
         (
-            DatasetDict({key: Dataset.from_dict({"text": ["a", "b"], "class": [0, 1]}) for key in ("train", "test")}),
-            "no label column among .'text', 'class'.: rename",
+            DatasetDict({key: Dataset.from_dict({"text": ["a", "b"], "kind": [0, 1]}) for key in ("train", "test")}),
+            "no label column among .'text', 'kind'.: name it with `label_column`",
         ),
         (
             DatasetDict({key: Dataset.from_dict({"text": ["a", None], "label": [0, 1]}) for key in ("train", "test")}),
@@ -300,7 +300,7 @@ def test_bad_hub_data_sets_are_refused(monkeypatch, splits, message):
     [
         ("sst2", ("sentence",), [("only text",)], "no label column among .'sentence'"),
         ("sst2", ("words", "label"), [("a", 1)], "no text column among .'words', 'label'"),
-        ("sst2", ("sentence", "label"), [("a", 0), ("b", 7)], "row 1 .*label '7' is out of range: .* 0 to 1"),
+        ("sst2", ("sentence", "label"), [("a", 0), ("b", 7)], "train.tsv', line 3: label '7' is out of range: .* 0 to 1"),
         ("sst2", ("sentence", "label"), [("a", "good")], "label 'good' is out of range"),
         ("stsb", ("sentence1", "sentence2", "label"), [("a", "b", 5.5)], "'5.5' is out of range: .* 0.0 to 5.0"),
         ("stsb", ("sentence1", "sentence2", "label"), [("a", "b", "nan")], "'nan' is out of range"),
@@ -333,7 +333,7 @@ def test_bad_arguments_are_refused(data_dir, monkeypatch):
     hub(monkeypatch, ConnectionError("no network"))
     with pytest.raises(ValueError, match="'sst3' is none of the tasks"):
         load_task("sst3")
-    with pytest.raises(ValueError, match="looks like a directory"):
+    with pytest.raises(ValueError, match="looks like a file or directory, which does not exist"):
         load_task("./nowhere")
     with pytest.raises(ValueError, match="`data_dir` must be a directory, got 'nowhere'"):
         load_task("sst2", "nowhere")
@@ -342,7 +342,7 @@ def test_bad_arguments_are_refused(data_dir, monkeypatch):
     with pytest.raises(ValueError, match="neither a folder named 'rte'"):
         load_task("rte", data_dir / "SST-2")
     (data_dir / "SST-2" / "train.tsv").unlink()
-    with pytest.raises(ValueError, match="must hold train.tsv or train_subset.tsv; it holds .'dev.tsv', 'test.tsv'"):
+    with pytest.raises(ValueError, match=r"must hold a training file, such as train.csv .*; it holds .'dev.tsv', 'test.tsv'"):
         load_task("sst2", data_dir)
     with pytest.raises(ValueError, match="`max_train` must be at least 1, got 0"):
         load_task("sst5", data_dir, max_train=0)

@@ -110,9 +110,9 @@ class Worker:
         self.task = task
         self.output = output
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        self.data = task.tokenize(
-            self.tokenizer, max_length=settings.max_length, model=AutoConfig.from_pretrained(settings.model)
-        )
+        config = AutoConfig.from_pretrained(settings.model)
+        self.data = task.tokenize(self.tokenizer, max_length=settings.max_length, model=config)
+        self.task_identity = task.identity
 
     def file(self, job_or_key: Job | str, is_cell: bool | None = None) -> Path:
         """The file that says that a job is done."""
@@ -147,8 +147,7 @@ class Worker:
 
     def identity(self, job: Job) -> dict[str, Any]:
         """What a job's result depends on beside its key: a directory in which these differ is refused."""
-        task = {"task": self.task.name, "train_rows": len(self.task.train), "reported": self.task.reported}
-        return {**task, **asdict(self.settings), "recipe": job.recipe and asdict(job.recipe)}
+        return {**self.task_identity, **asdict(self.settings), "recipe": job.recipe and asdict(job.recipe)}
 
     # --- the kinds of jobs ---
 
@@ -170,7 +169,7 @@ class Worker:
             name: baseline_of(self.task, rows)
             for name, rows in (("metrics", self.task.test), ("held_out", self.task.validation))
         }
-        values = {split: {k: none_for_nan(v) for k, v in found.metrics.items()} for split, found in blind.items()}
+        values = {split: for_json(found.metrics) for split, found in blind.items()}
         baseline = {"name": blind["metrics"].name, **values}
         return {**measured, "train_examples": examples, "predictions": predictions, "baseline": baseline}
 
@@ -355,13 +354,8 @@ class Worker:
         }
 
 
-def none_for_nan(value: float) -> float | None:
-    """NaN is no JSON."""
-    return None if math.isnan(value) else value
-
-
 def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:
-    listed = [[none_for_nan(value) for value in row] for row in scores.tolist()]
+    listed = for_json(scores.tolist())
     return {
         "kept": [list(heads) for heads in plan.kept],
         "num_heads": plan.num_heads,

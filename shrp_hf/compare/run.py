@@ -46,12 +46,13 @@ class Comparison:
         shape = _shape_of(settings, task)
         for grid in grids:
             grid.check(shape, settings.min_heads_per_layer)
-        self.output, self.force = output, force
+        self.output = output
         self.worker = Worker(settings, task, output)
         self.jobs: dict[str, Job] = {}
         for job in chain.from_iterable(grid.jobs().values() for grid in grids):
             self.jobs.setdefault(job.key, job)
         self._started = time.time()
+        self._unchecked = [] if force else [job for job in self.jobs.values() if job.kind == "dense"]
         self._check_directory()
 
     @property
@@ -71,7 +72,6 @@ class Comparison:
         Raises:
             ValueError: A dense model is no better than the majority class on the held-out rows, and `force` is not given.
         """
-        self._check_dense()
         while (is_busy := self.step(watch)) or self.is_missing:
             if not is_busy:  # the other runs have all that can be done now
                 self._watch(watch, "")
@@ -96,19 +96,21 @@ class Comparison:
 
         Returns:
             Whether there was one. If not, nothing is missing, or the other runs have all that can be done now.
+
+        Raises:
+            ValueError: As in `run`.
         """
-        done = next((job for job in self._missing() if self._is_ready(job) and self._do(job, watch)), None)
-        if done is not None and done.kind == "dense":
-            self._check_dense()
-        return done is not None
+        self._check_dense()
+        return any(self._do(job, watch) for job in self._missing() if self._is_ready(job))
 
     def _check_dense(self) -> None:
-        """Stops before hours are spent on a model that has learned nothing."""
-        for job in [] if self.force else self.cells:
+        """Stops before hours are spent on a model that has learned nothing, whichever run made it."""
+        for job in self._unchecked.copy():
             file = self.worker.file(job)
-            if job.kind == "dense" and file.exists():
+            if file.exists():
                 held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"]
                 check_learned(self.worker.task, held_out[self.worker.task.headline], self.worker.settings.model)
+                self._unchecked.remove(job)
 
     def drop_models(self) -> None:
         """Removes the models that cells were made of, once every cell of this grid is there."""

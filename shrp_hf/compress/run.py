@@ -89,8 +89,7 @@ class Compression:
         self.choices = candidates(self.source.config, options.experts)
         untrained(self.source, self.choices[0])  # refuses, by name, what cannot be converted
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
-        data = {"task": task.name, "train_rows": len(task.train), "reported": task.reported}
-        claim(output, {"model": model_name, **data, **options.identity})
+        claim(output, {"model": model_name, **task.identity, **options.identity})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
             self.data,

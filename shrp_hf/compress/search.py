@@ -65,9 +65,9 @@ class Trial:
         return targets.fast_enough(self.speedup) and targets.good_enough(self.retention)
 
 
-def share_text(share: float, form: str = ".1%") -> str:
-    """Prints a share of the dense model's quality; a dash where that is 0, below or undefined, and so has no shares."""
-    return f"{share:{form}}" if math.isfinite(share) else "-"
+def share_text(value: float, form: str = ".1%") -> str:
+    """Prints a share of the dense model's quality, or a quality; a dash where there is none."""
+    return f"{value:{form}}" if math.isfinite(value) else "-"
 
 
 def check_reachable(speeds: Mapping[Candidate, float], targets: Targets, total: int) -> None:

@@ -23,7 +23,7 @@ from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
 
 NUM_RESAMPLES = 1000
-_NO_SHARE = "No share of the dense model's quality can be given (a dash): one of the two {} is undefined, or not above 0."
+_NO_SHARE = "No share of the dense model's quality can be given (a dash): its {} is not above 0, or one is undefined."
 
 Interval = tuple[float, float]
 

@@ -52,12 +52,12 @@ def baseline_of(task: Task, rows: Dataset) -> Baseline:
     return Baseline(f"{what} ({', '.join(task.label_names[index] for index in chosen)})", metrics)
 
 
-def check_learned(task: Task, quality: float, model_name: str) -> None:
+def check_learned(task: Task, quality: float | None, model_name: str) -> None:
     """Refuses a dense model that answers no better than one that reads nothing.
 
     Args:
         task: The task.
-        quality: The model's headline metric on the held-out rows.
+        quality: The model's headline metric on the held-out rows; NaN or None where it is undefined.
         model_name: What the message calls it.
 
     Raises:
@@ -65,6 +65,7 @@ def check_learned(task: Task, quality: float, model_name: str) -> None:
     """
     baseline = baseline_of(task, task.validation)
     blind = baseline.metrics[task.headline]
+    quality = math.nan if quality is None else quality
     if quality > (0.0 if math.isnan(blind) else blind):
         return
     than = "above 0" if math.isnan(blind) else f"above the {blind:.4f} of the {baseline.name}"

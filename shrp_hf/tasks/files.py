@@ -220,7 +220,7 @@ def _is_quoted(text: str) -> bool:
 
 def _read_json(text: str, path: Path, notes: tuple[str, ...]) -> Table:
     rows: Iterable[tuple[int | None, Any]]
-    if text.lstrip().startswith("[") or (path.suffix.lower() == ".json" and not _is_json_lines(text)):
+    if path.suffix.lower() == ".json" and not _is_json_lines(text):
         try:
             data = json.loads(text)
         except ValueError as error:
@@ -248,9 +248,9 @@ def _read_json(text: str, path: Path, notes: tuple[str, ...]) -> Table:
 
 
 def _is_json_lines(text: str) -> bool:
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    lines = [line for line in text.split("\n") if line.strip()][:2]
     try:
-        return isinstance(json.loads(first), dict)
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
     except ValueError:
         return False
 

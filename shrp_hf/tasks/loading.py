@@ -257,20 +257,20 @@ class _Loader:
         for name, column in zip(("text", "text_pair"), columns.texts, strict=False):
             values = list(table.columns[column])
             texts[name] = [values[row] for row in rows]
-            for wrong, way_out in (
-                ([row for row in rows if values[row] is not None and not isinstance(values[row], str)], "name another column"),
-                # GLUE itself has a few empty texts.
-                ([row for row in rows if not self._has_text(values[row])], "fill it in, or remove the row"),
-            ):
-                if wrong:
-                    raise ValueError(f"{_places(table, wrong)}: column {column!r} must hold text in every row; {way_out}.")
+            wrong = [row for row in rows if not self._is_text(values[row])]
+            if wrong:
+                raise ValueError(
+                    f"{_places(table, wrong)}: column {column!r} must hold text in every row, got {values[wrong[0]]!r}: "
+                    "fill it in, remove the row, or name another column."
+                )
             if self.spec.strips_final_period:
                 # A text of nothing but periods stays as it is.
                 texts[name] = [text.rstrip(" .") or text for text in texts[name]]
         return Dataset.from_dict({**texts, "label": labels})
 
-    def _has_text(self, value: str | None) -> bool:
-        return value is not None and (self.source.spec is not None or bool(value.strip()))
+    def _is_text(self, value: Any) -> bool:
+        # GLUE itself has a few empty texts.
+        return isinstance(value, str) and (self.source.spec is not None or bool(value.strip()))
 
     def _set_aside(self) -> tuple[Dataset, Dataset, str]:
         """Cuts the reported rows from a training set that came alone."""

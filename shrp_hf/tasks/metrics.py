@@ -24,13 +24,14 @@ class LocalMetric(evaluate.Metric):
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
-        value = List(Value(self.value_type)) if self.takes_several else Value(self.value_type)
+        value = Value(self.value_type)
+        value = List(value) if self.takes_several else value
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
             inputs_description="",
             features=Features({"predictions": value, "references": value}),
-            format="numpy",
+            format=None if self.takes_several else "numpy",
         )
 
 

@@ -64,6 +64,10 @@ def cut_stratified(texts: Sequence[str], strata: Sequence[Hashable], size: int, 
             if len(group) <= owed + 0.5:
                 held_out.extend(group)
                 owed -= len(group)
+    if len(rows) > 1 and all(len(members) == 1 for members in groups.values()):
+        raise ValueError(
+            f"no class has two texts, so none of {len(texts)} rows can be held out: add rows, or name the right column."
+        )
     return _sides(range(len(texts)), held_out)
 
 

@@ -1,5 +1,6 @@
 """`Task`: three splits, what their labels mean, and how a prediction is judged."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from shrp_hf.lengths import fitting_length
 from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
+from shrp_hf.tasks.sources import TASK_NAMES
 
 _MOST_SHOWN = 8  # classes that are named
 _NEEDS_METRICS = "Computing metrics needs scikit-learn: pip install 'shrp_hf[metrics]'"
@@ -151,6 +153,18 @@ class Task:
         except ImportError as error:
             raise ImportError(_NEEDS_METRICS) from error
         return measure(self.metric_names, *self._decisions(prediction), self._average)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result of a run depends on, ready for JSON; of rows that have no published name also a digest."""
+        known = {"task": self.name, "train_rows": len(self.train), "reported": self.reported}
+        if self.name in TASK_NAMES:
+            return known
+        digest = hashlib.sha256(repr(self.label_names).encode())
+        for split in (self.train, self.validation, self.test):
+            for row in split:
+                digest.update(repr(sorted(row.items())).encode())
+        return {**known, "rows": digest.hexdigest()[:16]}
 
     def describe(self) -> str:
         """Says in a few lines what was understood: kind, rows, classes with their shares, and how the rows were read."""

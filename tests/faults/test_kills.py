@@ -110,7 +110,7 @@ def prune(output: Path, plain: Path, data_dir: Path) -> Callable[[], None]:
 
 def compare(output: Path, plain: Path, data_dir: Path) -> Callable[[], None]:
     options = ("--selectors", "his", "--keep", "0.5", "--expert-layers", "1", "--truncate", "1", "--seeds", "0")
-    options += ("--recovery-epochs", "1", "--batch-size", 8, "--max-length", 16, "--no-speed")
+    options += ("--recovery-epochs", "1", "--batch-size", 8, "--max-length", 16, "--no-speed", "--force")
     return command("compare", plain, "--dataset", "sst2", "--data-dir", data_dir, "--output", output, *options)
 
 
