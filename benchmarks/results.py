@@ -56,8 +56,7 @@ def grids(task: str, seeds: Sequence[int]) -> list[Grid]:
         ]
     elif task != "stsb":  # a regression has no classes for CAHP to tell apart
         plan.append(selected(compared, (1,), knee_degrees=(2, 3, 4, 5, 6)))
-    # The dense model trained on for as long as the others recover.
-    return [*plan, Grid(selectors=("his",), keep=(1.0,), recovery_epochs=(10,), without_random=True, seeds=seeds)]
+    return plan
 
 
 def work(comparisons: Sequence[Comparison]) -> None:

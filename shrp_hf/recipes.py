@@ -1,6 +1,8 @@
 """Recipes: how a dense model is fine-tuned, converted and recovered, the same for every method that is compared."""
 
 import copy
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +10,14 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
@@ -16,9 +25,12 @@ from shrp_hf.plan import KeepPlan
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.teacher_outputs import TeacherOutputs
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments
 from shrp_hf.usage import plan_by_usage
+
+logger = logging.getLogger(__name__)
 
 EXPERT_SELECTORS = ("usage", "his", "hies", "entropy", "magnitude", "random")
 """What may choose the experts that stay: the usage of trained routers (SHRP), or scores of the heads of the dense model."""
@@ -37,14 +49,18 @@ class Recipe:
         balance_epochs_per_layer: Epochs of stage "balance" for each layer.
         specialise_epochs: Epochs of stage "specialise".
         recovery_epochs: Epochs after the router and the other experts are gone.
-        learning_rate: From the conversion on; a fresh router and expander want a high one.
+        learning_rate: Of both stages.
         recovery_learning_rate: After pruning.
         expander_learning_rate: Of routers and expanders, which begin without training; None: as the others.
         balance_coef: Weight of the balance loss in stage "balance".
         experts_per_sequence: Top-k of the routers.
         expert_selector: A name in `EXPERT_SELECTORS`. "usage": routers choose the experts in training, as in SHRP. Another:
-            the best heads of each layer by that score in the dense model are its experts from the start, without routers,
-            all layers at once, trained for as many epochs (ours, not the paper's).
+            the best heads of each layer by that score in the dense model are its experts from the start, without routers
+            and stages, all layers at once; the recovery is all that trains them (ours, not the paper's).
+        task_weight: Weight of the task's loss; 0: the teacher alone is followed.
+        hidden_dropout: Dropout of hidden states while a student learns; None: as its config has it.
+        attention_dropout: The same of attention weights.
+        classifier_dropout: The same before the classifier.
         distillation_logits: Weight of the teacher's logits. With this and the next two at 0 nobody teaches.
         distillation_hidden_states: Weight of the teacher's hidden states.
         distillation_value_relations: Weight of the teacher's value relations.
@@ -63,6 +79,10 @@ class Recipe:
     balance_coef: float = 0.1
     experts_per_sequence: int = 1
     expert_selector: str = "usage"
+    task_weight: float = 1.0
+    hidden_dropout: float | None = None
+    attention_dropout: float | None = None
+    classifier_dropout: float | None = None
     distillation_logits: float = 0.0
     distillation_hidden_states: float = 0.0
     distillation_value_relations: float = 0.0
@@ -77,33 +97,49 @@ class Recipe:
         return self.expert_selector == "usage"
 
     def conversion_epochs(self, num_layers: int) -> float:
-        """Epochs from the dense model to one with `num_layers` converted layers, before the recovery."""
-        return self.balance_epochs_per_layer * num_layers + self.specialise_epochs
+        """Epochs from the dense model to one with `num_layers` converted layers, before the recovery; 0 without routers."""
+        return self.balance_epochs_per_layer * num_layers + self.specialise_epochs if self.routes else 0.0
 
     @property
     def distils(self) -> bool:
         """Whether the dense model teaches."""
-        return any(_distillation(self).values())
+        return any(getattr(self, name) for name in _TERMS)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of `ShrpTrainingArguments` in which every training of a student follows the recipe."""
+        return {name: getattr(self, name) for name in ("expander_learning_rate", "task_weight", *_DROPOUTS, *_TERMS)}
+
+    @property
+    def control(self) -> "Recipe":
+        """How the dense model itself is trained on, for comparison: with the labels, as its own teacher tells it nothing."""
+        return replace(self, task_weight=self.task_weight or 1.0)
+
+
+_DROPOUTS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
+_TERMS = ("distillation_logits", "distillation_hidden_states", "distillation_value_relations")
 
 RECIPES: Mapping[str, Recipe] = {
     "default": Recipe(
         "default",
         balance_epochs_per_layer=0.5,
         specialise_epochs=1.0,
-        recovery_epochs=10.0,
-        recovery_learning_rate=1e-4,
+        recovery_epochs=5.0,
         expander_learning_rate=2e-3,
         expert_selector="his",
+        task_weight=0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        classifier_dropout=0.0,
         distillation_logits=1.0,
-        distillation_hidden_states=1.0,
+        distillation_hidden_states=10.0,
     ),
     "paper": Recipe("paper"),
 }
 """By name. "paper" is SHRP as published (arXiv 2512.20635): cross-entropy alone, nothing after pruning; its epochs and
-learning rate are not published in what we could read, so they are a reconstruction. "default" was set on
-held-out rows: its rates from single seeds, its experts (HIS in the dense model instead of routers) from three on four tasks.
-What both reach is in docs/results.md."""
+learning rate are not published in what we could read, so they are a reconstruction. "default" is what kept most on held-out
+rows of four tasks, for expert and for thin layers alike: the teacher alone, without dropout; docs/results/recipe.md has what
+was tried."""
 
 
 def find_recipe(name: str, **changes: Any) -> Recipe:
@@ -132,6 +168,8 @@ class Setup:
         bf16: Train in bfloat16 autocast.
         resumable: Save a checkpoint an epoch, and take the last one up.
         bar: Shows how far a training is, in place of what `Trainer` prints.
+        stores_teacher: Compute what a teacher says once, in `folder`, where a training sees its rows more than once; never
+            for value relations.
     """
 
     data: DatasetDict
@@ -143,6 +181,7 @@ class Setup:
     bf16: bool = False
     resumable: bool = True
     bar: TrainerCallback | None = None
+    stores_teacher: bool = True
 
     @property
     def epoch(self) -> float:
@@ -207,6 +246,9 @@ def fine_tune(
     if not epochs:
         return model.eval()
     teacher = kwargs.pop("teacher", None)
+    is_repeated = epochs * setup.epoch > 1 and not kwargs.get("distillation_value_relations")
+    if teacher is not None and setup.stores_teacher and is_repeated:
+        teacher = stored(teacher, setup, hidden_states=bool(kwargs.get("distillation_hidden_states", True)))
     args = setup.arguments(name, num_train_epochs=epochs * setup.epoch, learning_rate=learning_rate, **kwargs)
     return setup.train(_trainer(model, args, setup, teacher))
 
@@ -224,14 +266,39 @@ def recover(
         name: Name of the training, for its checkpoints.
     """
     teacher = dense if recipe.distils else None
-    options = {"teacher": teacher, "expander_learning_rate": recipe.expander_learning_rate, **_distillation(recipe)}
-    return fine_tune(model, setup, recipe.recovery_epochs, recipe.recovery_learning_rate, name=name, **options)
+    epochs, rate = recipe.recovery_epochs, recipe.recovery_learning_rate
+    return fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+
+
+def stored(teacher: PreTrainedModel, setup: Setup, *, hidden_states: bool = True) -> PreTrainedModel | TeacherOutputs:
+    """Returns what `teacher` says about the training rows, computed once for all trainings of the run.
+
+    Args:
+        teacher: The teacher.
+        setup: What all trainings of the run share.
+        hidden_states: Whether hidden states are wanted too.
+
+    Returns:
+        Its outputs; the teacher itself where the tokenizer pads on the left, or the disk has not twice the room for them.
+    """
+    if setup.tokenizer.padding_side != "right":
+        return teacher
+    rows, config = setup.data["train"], teacher.config
+    tokens = sum(map(len, rows["input_ids"]))
+    size = 2 * tokens * (config.num_hidden_layers + 1) * config.hidden_size * hidden_states
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    if 2 * size > shutil.disk_usage(setup.folder).free:
+        logger.warning("The teacher's outputs take %.1f GB, too much for %s: it runs in each step.", size / 1e9, setup.folder)
+        return teacher
+    collator = DataCollatorWithPadding(setup.tokenizer)
+    teacher = teacher.to("cuda" if torch.cuda.is_available() else teacher.device)
+    return TeacherOutputs.compute(teacher, rows, collator, setup.folder / "teacher", hidden_states=hidden_states)
 
 
 def convert(
     dense: PreTrainedModel, layers: Sequence[int], setup: Setup, recipe: Recipe, *, keep: int = 1, name: str = "convert"
 ) -> PreTrainedModel:
-    """Converts layers of a copy of `dense`: with routers through both stages, or at once to the heads that score best.
+    """Converts layers of a copy of `dense`: with routers through both stages, or by a cut to the heads that score best.
 
     Args:
         dense: The fine-tuned dense model, which also teaches where the recipe says so.
@@ -242,7 +309,7 @@ def convert(
         name: Name of the training, for its checkpoints.
 
     Returns:
-        The routed model, its usage counted on the held-out rows; or, without routers, the static one.
+        The routed model, its usage counted on the held-out rows; or, without routers, the static one, not yet trained.
 
     Raises:
         ValueError: `keep` is out of range, or see `ShrpTrainer`; for example a layer is out of range.
@@ -251,10 +318,7 @@ def convert(
     if not recipe.routes:
         student = to_shrp(student)
         student.convert_layers_(list(layers))
-        static = prune_heads(student, best_experts(dense, layers, setup, recipe.expert_selector, keep))
-        epochs = recipe.conversion_epochs(len(layers))
-        training = replace(recipe, recovery_epochs=epochs, recovery_learning_rate=recipe.learning_rate)
-        return recover(static, dense, setup, training, name=name)
+        return prune_heads(student, best_experts(dense, layers, setup, recipe.expert_selector, keep)).eval()
     args = setup.arguments(
         name,
         expert_layers=list(layers),
@@ -263,8 +327,7 @@ def convert(
         balance_coef=recipe.balance_coef,
         experts_per_sequence=recipe.experts_per_sequence,
         learning_rate=recipe.learning_rate,
-        expander_learning_rate=recipe.expander_learning_rate,
-        **_distillation(recipe),
+        **recipe.arguments,
     )
     trainer = _trainer(student, args, setup, dense if recipe.distils else None)
     model = setup.train(trainer)
@@ -307,7 +370,7 @@ def without_routers(model: PreTrainedModel, keep: int) -> PreTrainedModel:
 
 
 def _trainer(
-    model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | None
+    model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | TeacherOutputs | None
 ) -> ShrpTrainer:
     trainer = ShrpTrainer(
         to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
@@ -318,7 +381,3 @@ def _trainer(
         trainer.add_callback(setup.bar)
     return trainer
 
-
-def _distillation(recipe: Recipe) -> dict[str, float]:
-    names = ("distillation_logits", "distillation_hidden_states", "distillation_value_relations")
-    return {name: getattr(recipe, name) for name in names}

@@ -1,7 +1,6 @@
 """ShrpTrainer: progressive conversion, routing losses, usage, distillation."""
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -17,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from shrp_hf.card_parts import auto_class_of, license_of, loading_section
 from shrp_hf.checkpoints import warn_of_half_precision
 from shrp_hf.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
+from shrp_hf.dropout import dropout_rates
 from shrp_hf.files import writing_to, written_whole
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
@@ -26,7 +26,8 @@ from shrp_hf.plan import KeepPlan
 from shrp_hf.routing_log import RoutingLog
 from shrp_hf.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.surgery import to_shrp
-from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, rate_factor
+from shrp_hf.teacher_outputs import ROW_COLUMN, TeacherOutputs
+from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule, check_lesson, check_processes, rate_factor
 from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class ShrpTrainer(FiniteTrainer):
         model_init: As in Trainer.
         teacher: A model with the same labels that the student follows: its logits, hidden states and value
             relations, each with its weight in the arguments. For the last two it has as many layers or more, and for
-            hidden states the same width. It is frozen; where it shares weights with the model, a copy of it is.
+            hidden states the same width. It is frozen; where it shares weights with the model, a copy of it is. Or what
+            such a model said about the rows of `train_dataset`, without value relations.
         **kwargs: As in Trainer.
 
     Raises:
@@ -66,17 +68,20 @@ class ShrpTrainer(FiniteTrainer):
         processing_class: Any = None,
         model_init: Callable | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | TeacherOutputs | None = None,
         **kwargs: Any,
     ) -> None:
         args = ShrpTrainingArguments("trainer_output") if args is None else args
         self._layers_to_convert: list[int] = []
         self._schedule: StageSchedule | None = None
         self._usage_dataset: Dataset | None = None
-        if teacher is not None:
+        check_lesson(args, teacher)
+        if isinstance(teacher, TeacherOutputs):
+            train_dataset = teacher.numbered(train_dataset)
+        elif teacher is not None:
             teacher = own_teacher(teacher, model)
         self._trial_in_force: Any = None
-        _check_processes(args)
+        check_processes(args)
         if model is not None:
             model = self._with_expert_layers(model, args)
         if model_init is not None:
@@ -101,7 +106,7 @@ class ShrpTrainer(FiniteTrainer):
             self.model_accepts_loss_kwargs = False
         if self._layers_to_convert:
             self._check_parallelism()
-        if teacher is not None:  # of a model that `model_init` made, nothing is known before
+        if isinstance(teacher, nn.Module):  # of a model that `model_init` made, nothing is known before
             teacher = own_teacher(teacher, self.model).to(self.args.device).eval().requires_grad_(False)
         self.teacher = teacher
         self._routing = RoutingLog({})
@@ -200,6 +205,16 @@ class ShrpTrainer(FiniteTrainer):
                 model.finish_conversion_()
         return output
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        rates = {kind: getattr(self.args, f"{kind}_dropout", None) for kind in ("hidden", "attention", "classifier")}
+        with dropout_rates(self.accelerator.unwrap_model(self.model), **rates):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.teacher, TeacherOutputs) and ROW_COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, ROW_COLUMN]
+
     def _save_checkpoint(self, *args: Any) -> None:
         with writing_to(self.args.output_dir):
             super()._save_checkpoint(*args)
@@ -263,6 +278,7 @@ class ShrpTrainer(FiniteTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing and own losses take the labels out
+        inputs = {name: value for name, value in inputs.items() if name != ROW_COLUMN}
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
@@ -278,10 +294,11 @@ class ShrpTrainer(FiniteTrainer):
             extra = extra + self._teacher_loss(given, outputs, wants_hidden, values)
         if self.compute_loss_func is not None:
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
+        task = loss if task is None else task
         if balance is not None:
             layers = self._shrp_model().config.expert_layers
-            self._routing.add(loss if task is None else task, balance, layers, outputs.get("router_logits"))
-        loss = loss + extra
+            self._routing.add(task, balance, layers, outputs.get("router_logits"))
+        loss = loss + (self._weight("task_weight") - 1) * task + extra
         return (loss, outputs) if return_outputs else loss
 
     def _weight(self, name: str) -> float:
@@ -372,7 +389,7 @@ class ShrpTrainer(FiniteTrainer):
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in loader:
-                inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in self.label_names}
+                inputs = {k: v for k, v in self._prepare_inputs(inputs).items() if k not in (*self.label_names, ROW_COLUMN)}
                 for row, logits in zip(total, model(**inputs).router_logits, strict=True):
                     chosen = logits.topk(model.config.experts_per_sequence, dim=-1).indices.flatten()
                     row += torch.bincount(chosen, minlength=len(row))
@@ -429,15 +446,6 @@ class _StageCallback(TrainerCallback):
         self.trainer._shrp_model().config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
 
 
-def _check_processes(args: TrainingArguments) -> None:
-    started = os.environ.get("WORLD_SIZE", "1")
-    if args.world_size == 1 and started.isdigit() and int(started) > 1:
-        raise ValueError(
-            f"`WORLD_SIZE={started}` in the environment, but `args.world_size` is 1: each of these processes would train "
-            "alone and write over the others' files. Without a GPU give `use_cpu=True` (`--use_cpu`); to train in one "
-            "process, unset WORLD_SIZE or start it without a launcher."
-        )
-
-
 def _is_routed(model: Any) -> bool:
     return isinstance(model, ShrpModelMixin) and model.config.is_routed
+

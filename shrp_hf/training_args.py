@@ -1,5 +1,6 @@
 """Arguments of ShrpTrainer, and the schedule that follows from them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,10 @@ class ShrpTrainingArguments(TrainingArguments):
         experts_per_sequence: Top-k of the routers of newly converted layers.
         router_pooling: "mean" or "cls"; what the routers of newly converted layers look at.
         usage_holdout: Share of the training set that is not trained on and on which `usage_plan` counts.
+        task_weight: Weight of the task's own loss; 0: the teacher alone is followed, and labels make no difference.
+        hidden_dropout: Dropout of hidden states in this training; None: as the model's config has it.
+        attention_dropout: The same of attention weights.
+        classifier_dropout: The same behind the base model, before a classifier.
         distillation_logits: With a teacher: weight of the logits' term, by the kind of task (see `logits_loss`).
         distillation_hidden_states: With a teacher: weight of the mean squared error of every layer's hidden states.
         distillation_value_relations: With a teacher: weight of the divergence of every layer's value relations.
@@ -81,6 +86,10 @@ class ShrpTrainingArguments(TrainingArguments):
     experts_per_sequence: int = field(default=1, metadata={"help": "Top-k of new routers."})
     router_pooling: str = field(default="mean", metadata={"help": "What routers look at.", "choices": ["mean", "cls"]})
     usage_holdout: float = field(default=0.05, metadata={"help": "Share of the training set kept to count usage on."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the task's own loss."})
+    hidden_dropout: float | None = field(default=None, metadata={"help": "Dropout of hidden states in this training."})
+    attention_dropout: float | None = field(default=None, metadata={"help": "Dropout of attention weights."})
+    classifier_dropout: float | None = field(default=None, metadata={"help": "Dropout before a classifier."})
     distillation_logits: float = field(default=1.0, metadata={"help": "Weight of logit distillation."})
     distillation_hidden_states: float = field(default=1.0, metadata={"help": "Weight of hidden-state distillation."})
     distillation_value_relations: float = field(default=0.0, metadata={"help": "Weight of value-relation distillation."})
@@ -196,6 +205,7 @@ class ShrpTrainingArguments(TrainingArguments):
             "specialise_epochs",
             "specialise_steps",
             "balance_coef",
+            "task_weight",
             "distillation_logits",
             "distillation_hidden_states",
             "distillation_value_relations",
@@ -203,6 +213,10 @@ class ShrpTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"`distillation_temperature` must be more than 0, got {self.distillation_temperature}.")
         if not 0 < self.usage_holdout < 1:
@@ -240,6 +254,24 @@ class ShrpTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`{kwargs_name}={kwargs}` cannot be used while layers are pending: set `use_reentrant` to False."
                 )
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Refuses a launch whose processes do not know of each other.
+
+    Args:
+        args: The arguments of a trainer.
+
+    Raises:
+        ValueError: The environment says that there are several processes, the arguments that there is one.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if args.world_size == 1 and started.isdigit() and int(started) > 1:
+        raise ValueError(
+            f"`WORLD_SIZE={started}` in the environment, but `args.world_size` is 1: each of these processes would train "
+            "alone and write over the others' files. Without a GPU give `use_cpu=True` (`--use_cpu`); to train in one "
+            "process, unset WORLD_SIZE or start it without a launcher."
+        )
 
 
 def rate_factor(args: ShrpTrainingArguments, schedule: StageSchedule) -> Callable[[int], float]:
@@ -280,6 +312,24 @@ def _rate(name: Any, warmup: int, steps: int, options: dict | None) -> Callable[
             f"The learning-rate schedule `{name}` cannot be laid over a stage: choose one such as linear or cosine."
         )
     return schedule.lr_lambdas[0]
+
+
+def check_lesson(args: TrainingArguments, teacher: Any) -> None:
+    """Refuses a training without anything to learn from, or from what its teacher does not say.
+
+    Args:
+        args: The arguments; plain ones have our defaults.
+        teacher: A model, the stored outputs of one, or None.
+
+    Raises:
+        ValueError: All weights are 0, or value relations are wanted of stored outputs.
+    """
+    names = ("task_weight", "distillation_logits", "distillation_hidden_states", "distillation_value_relations")
+    task, *terms = (getattr(args, name, getattr(ShrpTrainingArguments, name)) for name in names)
+    if not task and (teacher is None or not any(terms)):
+        raise ValueError("`task_weight=0` leaves nothing to learn from: give a `teacher` and weights of its terms.")
+    if terms[-1] and teacher is not None and not isinstance(teacher, nn.Module):
+        raise ValueError(f"`distillation_value_relations={terms[-1]}` needs the teacher itself: its values are not stored.")
 
 
 def recovery_arguments(output_dir: str, **overrides: Any) -> ShrpTrainingArguments:

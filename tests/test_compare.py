@@ -91,9 +91,9 @@ def compared(work, tmp_path_factory):
 
 def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
     cells = read_cells(compared)
-    # dense; 3 methods x 2 budgets x 2 recoveries; conversion and truncation x 2 recoveries; 2 seeds of each
-    assert len(cells) == 2 * (1 + 3 * 2 * 2 + 2 + 2)
-    assert {cell["method"] for cell in cells} == {"dense", "hies", "cahp", "random", "shrp", "truncate"}
+    # dense and control; 3 methods x 2 budgets x 2 recoveries; conversion and truncation x 2 recoveries; 2 seeds of each
+    assert len(cells) == 2 * (2 + 3 * 2 * 2 + 2 + 2)
+    assert {cell["method"] for cell in cells} == {"dense", "control", "hies", "cahp", "random", "shrp", "truncate"}
     for cell in cells:
         assert cell["rows"] == 16
         assert cell["metrics"]["accuracy"] == cell["correct"] / 16
@@ -124,7 +124,7 @@ def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, quick):
     cells = {cell["key"]: cell for cell in read_cells(tmp_path)}
     by_usage = cells["shrp-layers2-experts2-top1-coef0.1-default-recovery0.25-seed0"]
     by_his = cells["shrp-layers2-experts2-by-his-default-recovery0.25-seed0"]
-    assert by_usage["train_examples"] == by_his["train_examples"]
+    assert by_usage["train_examples"] > by_his["train_examples"] > 0  # routers have their stages on top of the recovery
     assert (by_usage["num_experts"], by_his["num_experts"]) == (4, 4)
     assert (by_usage["flops"], by_usage["parameters"]) == (by_his["flops"], by_his["parameters"])
     assert (by_usage["expert_selector"], by_his["expert_selector"]) == ("usage", "his")

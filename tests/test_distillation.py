@@ -211,6 +211,26 @@ def test_training_loss_is_the_sum_of_its_terms(build, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("build", [lambda: tiny_routed(2, **NO_DROPOUT), lambda: tiny_bert(**NO_DROPOUT)])
+def test_task_weighs_as_much_as_it_says(build, weight, tmp_path):
+    student, teacher = build(), tiny_bert(num_labels=3, seed=5)
+    inputs = batch() | {"labels": torch.arange(5) % 3}
+    whole = distilling(tmp_path, student, teacher, **WEIGHTS).compute_loss(student, dict(inputs))
+    part = distilling(tmp_path, student, teacher, task_weight=weight, **WEIGHTS).compute_loss(student, dict(inputs))
+    output = student(**inputs)
+    task = output.get("task_loss", output.loss)  # the balance loss keeps its weight
+    torch.testing.assert_close(part, whole - (1 - weight) * task)
+
+
+def test_nothing_to_learn_from_is_refused(tmp_path):
+    message = "^`task_weight=0` leaves nothing to learn from: give a `teacher` and weights of its terms.$"
+    with pytest.raises(ValueError, match=message):
+        distilling(tmp_path, tiny_routed(2), None, task_weight=0)
+    with pytest.raises(ValueError, match=message):
+        distilling(tmp_path, tiny_routed(2), tiny_bert(), task_weight=0, distillation_logits=0, distillation_hidden_states=0)
+
+
 def test_terms_are_for_training_only(tmp_path):
     student = tiny_routed(2)
     trainer = distilling(tmp_path, student, tiny_bert(seed=5))

@@ -17,7 +17,7 @@ ROWS = (
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
     ("selectors", "checkpoints"),
-    ("tasks", "distillation", "sampling", "routing_log"),
+    ("tasks", "distillation", "dropout", "sampling", "teacher_outputs", "routing_log"),
     ("trainer", "dsp", "onnx_export"),
     ("recipes",),
     ("benchmark",),

@@ -83,9 +83,10 @@ def test_best_experts_are_the_heads_of_highest_importance_in_their_layer(setup):
 
 
 @pytest.mark.parametrize("selector", sorted(set(EXPERT_SELECTORS) - {"usage"}))
-def test_conversion_without_routers_trains_the_static_model_of_the_chosen_experts(selector, setup):
+def test_conversion_without_routers_cuts_to_the_chosen_experts(selector, setup):
     dense = to_shrp(tiny_bert(num_labels=3))
     recipe = replace(QUICK, expert_selector=selector)
+    assert recipe.conversion_epochs(2) == 0
     model = convert(dense, [1, 2], setup, recipe, keep=2)
     kept = best_experts(dense, [1, 2], setup, selector, keep=2).kept
     assert not model.config.routed
@@ -97,9 +98,7 @@ def test_conversion_without_routers_trains_the_static_model_of_the_chosen_expert
 
     untrained = to_shrp(copy.deepcopy(dense)).requires_grad_(True)
     untrained.convert_layers_([1, 2])
-    by_hand = prune_heads(untrained, best_experts(dense, [1, 2], setup, selector, keep=2))
-    as_long = replace(recipe, recovery_epochs=3, recovery_learning_rate=recipe.learning_rate)  # 2 layers and specialising
-    assert same_state(model, recover(by_hand, dense, setup, as_long))
+    assert same_state(model, prune_heads(untrained, best_experts(dense, [1, 2], setup, selector, keep=2)))
 
 
 def test_random_experts_differ_by_seed(setup):
@@ -115,3 +114,36 @@ def test_bad_choices_of_experts_are_refused(setup):
     for keep in (0, 5):
         with pytest.raises(ValueError, match=f"^`keep` must be between 1 and 4 experts, got {keep}\\.$"):
             convert(dense, [2], setup, replace(QUICK, expert_selector="his"), keep=keep)
+
+
+def test_control_learns_from_labels_whoever_teaches():
+    assert find_recipe("default").control == replace(find_recipe("default"), task_weight=1.0)
+    assert find_recipe("paper").control == find_recipe("paper")
+
+
+def test_teacher_is_stored_where_a_training_sees_its_rows_again(setup, monkeypatch):
+    dense, whole = to_shrp(tiny_bert(num_labels=3)), replace(setup, examples_per_epoch=None)
+    recipe = replace(find_recipe("default"), recovery_epochs=2.0)
+    short = to_shrp(tiny_bert(num_labels=3, num_hidden_layers=2))
+    folder = setup.folder / "teacher"
+    recover(copy.deepcopy(short), dense, replace(whole, stores_teacher=False), recipe)
+    recover(copy.deepcopy(short), dense, whole, replace(recipe, recovery_epochs=1.0))  # each row is seen once
+    recover(copy.deepcopy(short), dense, whole, replace(recipe, distillation_value_relations=1.0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    recover(copy.deepcopy(short), dense, whole, recipe)
+    monkeypatch.undo()
+    assert not folder.exists()
+    recover(copy.deepcopy(short), dense, whole, recipe)
+    assert len(list(folder.iterdir())) == 1
+    recover(copy.deepcopy(short), dense, replace(whole, seed=1), recipe)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_teacher_alone_makes_labels_irrelevant(setup):
+    dense, short = to_shrp(tiny_bert(num_labels=3)), to_shrp(tiny_bert(num_labels=3, num_hidden_layers=2))
+    other = setup.data["train"].remove_columns("label").add_column("label", [0] * 40)
+    relabelled = replace(setup, data=DatasetDict(setup.data | {"train": other}))
+    recipe = replace(find_recipe("default"), recovery_epochs=2.0)
+    first, second = (recover(copy.deepcopy(short), dense, s, recipe) for s in (setup, relabelled))
+    assert same_state(first, second)
+    assert not same_state(first, short)

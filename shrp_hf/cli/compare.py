@@ -64,7 +64,10 @@ def compare(
     experts_per_sequence: Annotated[Any, list_option(int, "SHRP: Top-k of the routers; default: the recipe's.")] = "",
     balance_coef: Annotated[Any, list_option(float, "SHRP: weights of the balance loss; default: the recipe's.")] = "",
     expert_selectors: Annotated[Any, list_option(str, f"SHRP: {EXPERT_SELECTOR_HELP}")] = "",
-    without_random: Annotated[bool, typer.Option("--without-random", help="Leave the random control out.")] = False,
+    without_random: Annotated[bool, typer.Option("--without-random", help="Leave random heads out.")] = False,
+    without_control: Annotated[
+        bool, typer.Option("--without-control", help="Leave the dense model out that is trained on for as long.")
+    ] = False,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tune MODEL, once per seed; 0: it is fine-tuned.")] = 0.0,
     dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 1e-4,
     examples_per_epoch: Annotated[int | None, typer.Option(help="Training examples per epoch; default: all.")] = None,
@@ -111,6 +114,7 @@ def compare(
         balance_coefs=balance_coef or (None,),
         expert_selectors=expert_selectors or (None,),
         without_random=without_random,
+        without_control=without_control,
     )
     settings = Settings(
         model=model,

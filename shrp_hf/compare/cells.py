@@ -1,5 +1,6 @@
 """What a job does: fine-tune, score, plan, convert, shorten, recover, and the record of a cell."""
 
+import copy
 import json
 import math
 import time
@@ -217,12 +218,11 @@ class Worker:
         least = self.settings.min_heads_per_layer
         dsp = DspCallback(count, mode, seed=job.seed, min_heads_per_layer=least)
         setup = self._setup(job)
-        weights = {name: weight for name, weight in asdict(job.recipe).items() if name.startswith("distillation_")}
         args = setup.arguments(
             job.key,
             num_train_epochs=self.settings.dsp_epochs * setup.epoch,
             learning_rate=job.recipe.recovery_learning_rate,
-            **weights,
+            **job.recipe.control.arguments,  # what heads are worth to the task, which its labels tell
         )
         trainer = ShrpTrainer(
             self._dense(job.seed),
@@ -254,18 +254,26 @@ class Worker:
         self._save(model, job.key)
         return {"train_examples": self._num_examples(setup, epochs)}
 
+    def _do_control(self, job: Job) -> dict[str, Any]:
+        dense = self._dense(job.seed)
+        return {**self._recovered(job, copy.deepcopy(dense), dense), "part_seconds": 0.0}
+
     def _do_cell(self, job: Job) -> dict[str, Any]:
         dense, part = self._dense(job.seed), self._part(job.needs[1])
-        epochs = job.fields["recovery_epochs"]
         model, found = self._cut(job, dense, part)
-        examples = part.get("train_examples", 0)
+        recovered = self._recovered(job, model, dense, part.get("train_examples", 0))
+        return {**recovered, **found, "part_seconds": part["seconds"]}
+
+    def _recovered(self, job: Job, model: PreTrainedModel, dense: PreTrainedModel, examples: int = 0) -> dict[str, Any]:
+        """Trains `model` as the job says; returns what it reaches then, `examples` being those that it has seen."""
+        epochs = job.fields["recovery_epochs"]
         if epochs:
             setup = self._setup(job)
             model = recover(model, dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
             examples += self._num_examples(setup, epochs)
         predictions = json.loads(self.file(job.needs[0], True).read_text(encoding="utf-8"))["predictions"]
         measured = self._measured(model, self._logits(model, "test"), np.array(predictions))
-        return {**measured, **found, "train_examples": examples, "part_seconds": part["seconds"]}
+        return {**measured, "train_examples": examples}
 
     def _cut(self, job: Job, dense: PreTrainedModel, part: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
         if part["key"].startswith("shorten"):

@@ -21,7 +21,7 @@ def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path
         Paths of what was drawn; nothing without a dense model.
     """
     dense = [row for row in rows if row.cells[0]["method"] == "dense"]
-    others = [row for row in rows if row.cells[0]["method"] != "dense"]
+    others = [row for row in rows if row.cells[0]["method"] not in ("dense", "control")]
     if not dense or not others:
         return []
     folder = output / "figures"

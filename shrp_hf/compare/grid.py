@@ -38,7 +38,8 @@ class Job:
 
     Args:
         key: Name of the file.
-        kind: "dense", "stats", "plan", "convert", "shorten" or "cell"; `dense` and `cell` are rows of the result.
+        kind: "dense", "stats", "plan", "convert", "shorten", "control" or "cell"; `dense`, `control` and `cell` are
+            rows of the result.
         needs: Keys of the jobs whose results this one reads.
         seed: The seed.
         fields: What else it depends on.
@@ -55,7 +56,7 @@ class Job:
     @property
     def is_cell(self) -> bool:
         """Whether its result is a row of the comparison."""
-        return self.kind in ("dense", "cell")
+        return self.kind in ("dense", "control", "cell")
 
     @property
     def makes_model(self) -> bool:
@@ -83,7 +84,8 @@ class Grid:
         balance_coefs: Weights of the balance loss; None: the recipe's own.
         expert_selectors: What chooses the experts, names in `EXPERT_SELECTORS`; None: the recipe's own. Top-k and balance
             loss are the routers', and make no difference to the others.
-        without_random: Leave the control out.
+        without_random: Leave random heads out.
+        without_control: Leave the dense model out that is trained on for as long as the others recover.
     """
 
     selectors: Sequence[str] = ()
@@ -100,6 +102,7 @@ class Grid:
     balance_coefs: Sequence[float | None] = (None,)
     expert_selectors: Sequence[str | None] = (None,)
     without_random: bool = False
+    without_control: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -196,12 +199,25 @@ class Grid:
         """Returns every job by key, each behind those it needs; all of one seed before the next."""
         jobs: dict[str, Job] = {}
         for seed in self.seeds:
-            for job in (*self._dense(seed), *self._selected(seed), *self._converted(seed), *self._truncated(seed)):
-                jobs.setdefault(job.key, job)
+            for kind in (self._dense, self._controls, self._selected, self._converted, self._truncated):
+                for job in kind(seed):
+                    jobs.setdefault(job.key, job)
         return jobs
 
     def _dense(self, seed: int) -> Iterator[Job]:
         yield Job(f"dense-seed{seed}", "dense", (), seed, {"method": "dense"})
+
+    def _controls(self, seed: int) -> Iterator[Job]:
+        for recipe in () if self.without_control else map(find_recipe, self.recipes):
+            for epochs in filter(None, self._recoveries(recipe)):
+                yield Job(
+                    key=f"control-{recipe.name}-recovery{epochs:g}-seed{seed}",
+                    kind="control",
+                    needs=(f"dense-seed{seed}",),
+                    seed=seed,
+                    fields={"method": "control", "recovery_epochs": epochs},
+                    recipe=recipe.control,
+                )
 
     def _recoveries(self, recipe: Recipe) -> list[float]:
         return sorted({recipe.recovery_epochs if epochs is None else epochs for epochs in self.recovery_epochs})

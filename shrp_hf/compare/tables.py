@@ -72,11 +72,13 @@ class Row:
     Args:
         cells: The cells, by seed.
         dense: The dense cells of the same seeds, in the same order.
+        control: The dense models of those seeds trained on for as long by the same recipe, where there are any.
         speed: Measured speed of their architecture, if it was measured.
     """
 
     cells: tuple[Cell, ...]
     dense: tuple[Cell, ...]
+    control: tuple[Cell, ...] = ()
     speed: Mapping[str, Any] | None = None
 
     @property
@@ -99,17 +101,24 @@ class Row:
 
     def against_dense(self, value: Callable[[Cell], float | None]) -> Estimate | None:
         """Mean and interval of the ratio to the dense model of the same seed; None where one of those is not above 0."""
-        pairs = [(value(a), value(b)) for a, b in zip(self.cells, self.dense, strict=True)]
-        if not all(dense is not None and dense > 0 for _, dense in pairs):
+        return self._against(self.dense, value)
+
+    def against_control(self, value: Callable[[Cell], float | None]) -> Estimate | None:
+        """The same of the ratio to the dense model trained on for as long; None also where there is none."""
+        return self._against(self.control, value) if self.control else None
+
+    def _against(self, others: Sequence[Cell], value: Callable[[Cell], float | None]) -> Estimate | None:
+        pairs = [(value(a), value(b)) for a, b in zip(self.cells, others, strict=True)]
+        if not all(other is not None and other > 0 for _, other in pairs):
             return None
-        return estimate([None if found is None else found / dense for found, dense in pairs])
+        return estimate([None if found is None else found / other for found, other in pairs])
 
 
 def name_of(cell: Cell) -> str:
     """What cells of this kind are called in tables and pictures."""
     method, value = cell["method"], cell.get("value")
-    if method == "dense":
-        return "dense"
+    if method in ("dense", "control"):
+        return "dense" if method == "dense" else "dense, trained on"
     if method == "shrp":
         name = f"shrp, {value} layers, {cell['experts']} experts each"
         settings = cell["settings"]["recipe"]
@@ -155,11 +164,18 @@ def rows_of(cells: Sequence[Cell], timings: Timings | None = None) -> list[Row]:
     for cell in cells:
         if cell["seed"] in dense:
             groups.setdefault(group_of(cell), []).append(cell)
+    controls = {_training(cell): cell for cell in cells if cell["method"] == "control"}
     rows = []
     for group, members in groups.items():
         speed = (timings or {}).get(group)
-        rows.append(Row(tuple(members), tuple(dense[cell["seed"]] for cell in members), speed))
+        control = tuple(controls[_training(cell)] for cell in members if _training(cell) in controls)
+        others = tuple(dense[cell["seed"]] for cell in members)
+        rows.append(Row(tuple(members), others, control if len(control) == len(members) else (), speed))
     return rows
+
+
+def _training(cell: Cell) -> tuple[Any, ...]:
+    return cell["seed"], cell.get("recipe"), cell.get("recovery_epochs")
 
 
 def markdown_table(rows: Sequence[Row], headline: str) -> str:
@@ -187,7 +203,8 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     quality = f"{headline} (reported)"
     titles = ["", "training", "seeds", quality, "of dense, %", "agreement, %", "held out", "heads", "experts"]
     titles += ["encoder", "encoder + pooler", "whole model", "FLOPs", "examples"]
-    has_speed = any(row.speed for row in rows)
+    has_speed, has_control = any(row.speed for row in rows), any(row.control for row in rows)
+    titles[5:5] = ["of control, %"] * has_control
     titles += ["throughput"] * has_speed
     lines = [titles, *_blind_line(rows, headline, len(titles))]
     for row in rows:
@@ -204,6 +221,9 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
             f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",
             f"{cell['num_experts']}",
         ]
+        if has_control:
+            share = row.against_control(lambda cell: cell["metrics"][headline])
+            line.insert(5, "-" if share is None else share.text(1, 100))
         for name in ("encoder", "encoder_and_pooler", "whole"):
             count = statistics.fmean(cell["parameters"][name] for cell in row.cells)
             change = count / dense["parameters"][name] - 1
