@@ -10,8 +10,12 @@ from shrp_hf._version import __version__
 from shrp_hf.budget import Budget
 from shrp_hf.dsp import DspCallback
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
+from shrp_hf.models.configuration_shrp_debertav2 import ShrpDebertaV2Config
 from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
 from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
+from shrp_hf.models.configuration_shrp_modernbert import ShrpModernBertConfig
+from shrp_hf.models.configuration_shrp_mpnet import ShrpMPNetConfig
+from shrp_hf.models.configuration_shrp_nomicbert import ShrpNomicBertConfig
 from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
 from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
 from shrp_hf.models.modeling_shrp_bert import (
@@ -21,6 +25,14 @@ from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForSequenceClassification,
     ShrpBertForTokenClassification,
     ShrpBertModel,
+)
+from shrp_hf.models.modeling_shrp_debertav2 import (
+    ShrpDebertaV2ForMaskedLM,
+    ShrpDebertaV2ForMultipleChoice,
+    ShrpDebertaV2ForQuestionAnswering,
+    ShrpDebertaV2ForSequenceClassification,
+    ShrpDebertaV2ForTokenClassification,
+    ShrpDebertaV2Model,
 )
 from shrp_hf.models.modeling_shrp_distilbert import (
     ShrpDistilBertForMaskedLM,
@@ -38,6 +50,28 @@ from shrp_hf.models.modeling_shrp_electra import (
     ShrpElectraForSequenceClassification,
     ShrpElectraForTokenClassification,
     ShrpElectraModel,
+)
+from shrp_hf.models.modeling_shrp_modernbert import (
+    ShrpModernBertForMaskedLM,
+    ShrpModernBertForMultipleChoice,
+    ShrpModernBertForQuestionAnswering,
+    ShrpModernBertForSequenceClassification,
+    ShrpModernBertForTokenClassification,
+    ShrpModernBertModel,
+)
+from shrp_hf.models.modeling_shrp_mpnet import (
+    ShrpMPNetForMaskedLM,
+    ShrpMPNetForMultipleChoice,
+    ShrpMPNetForQuestionAnswering,
+    ShrpMPNetForSequenceClassification,
+    ShrpMPNetForTokenClassification,
+    ShrpMPNetModel,
+)
+from shrp_hf.models.modeling_shrp_nomicbert import (
+    ShrpNomicBertForMaskedLM,
+    ShrpNomicBertForSequenceClassification,
+    ShrpNomicBertForTokenClassification,
+    ShrpNomicBertModel,
 )
 from shrp_hf.models.modeling_shrp_roberta import (
     ShrpRobertaForMaskedLM,
@@ -62,7 +96,17 @@ from shrp_hf.surgery import masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments, recovery_arguments
 
-for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaModel, ShrpViTModel):
+for _base in (
+    ShrpBertModel,
+    ShrpDebertaV2Model,
+    ShrpDistilBertModel,
+    ShrpElectraModel,
+    ShrpMPNetModel,
+    ShrpModernBertModel,
+    ShrpNomicBertModel,
+    ShrpRobertaModel,
+    ShrpViTModel,
+):
     _config = _base.config_class
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
     for _auto, _path in _base.auto_classes.items():
@@ -89,6 +133,13 @@ __all__ = [
     "ShrpBertForSequenceClassification",
     "ShrpBertForTokenClassification",
     "ShrpBertModel",
+    "ShrpDebertaV2Config",
+    "ShrpDebertaV2ForMaskedLM",
+    "ShrpDebertaV2ForMultipleChoice",
+    "ShrpDebertaV2ForQuestionAnswering",
+    "ShrpDebertaV2ForSequenceClassification",
+    "ShrpDebertaV2ForTokenClassification",
+    "ShrpDebertaV2Model",
     "ShrpDistilBertConfig",
     "ShrpDistilBertForMaskedLM",
     "ShrpDistilBertForMultipleChoice",
@@ -104,6 +155,25 @@ __all__ = [
     "ShrpElectraForSequenceClassification",
     "ShrpElectraForTokenClassification",
     "ShrpElectraModel",
+    "ShrpMPNetConfig",
+    "ShrpMPNetForMaskedLM",
+    "ShrpMPNetForMultipleChoice",
+    "ShrpMPNetForQuestionAnswering",
+    "ShrpMPNetForSequenceClassification",
+    "ShrpMPNetForTokenClassification",
+    "ShrpMPNetModel",
+    "ShrpModernBertConfig",
+    "ShrpModernBertForMaskedLM",
+    "ShrpModernBertForMultipleChoice",
+    "ShrpModernBertForQuestionAnswering",
+    "ShrpModernBertForSequenceClassification",
+    "ShrpModernBertForTokenClassification",
+    "ShrpModernBertModel",
+    "ShrpNomicBertConfig",
+    "ShrpNomicBertForMaskedLM",
+    "ShrpNomicBertForSequenceClassification",
+    "ShrpNomicBertForTokenClassification",
+    "ShrpNomicBertModel",
     "ShrpRobertaConfig",
     "ShrpRobertaForMaskedLM",
     "ShrpRobertaForMultipleChoice",

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shrp_hf.models.layer_map import BERT_LAYER_MAP, DISTILBERT_LAYER_MAP, VIT_LAYER_MAP, LayerMap, Part
+from shrp_hf.models.layer_map import (
+    BERT_LAYER_MAP,
+    DEBERTA_V2_LAYER_MAP,
+    DISTILBERT_LAYER_MAP,
+    MODERNBERT_LAYER_MAP,
+    MPNET_LAYER_MAP,
+    NOMIC_BERT_LAYER_MAP,
+    VIT_LAYER_MAP,
+    LayerMap,
+    Part,
+)
 
 FAMILIES: Mapping[str, LayerMap] = MappingProxyType(
     {
@@ -25,18 +35,21 @@ FAMILIES: Mapping[str, LayerMap] = MappingProxyType(
         "shrp_electra": BERT_LAYER_MAP,
         "distilbert": DISTILBERT_LAYER_MAP,
         "shrp_distilbert": DISTILBERT_LAYER_MAP,
+        "mpnet": MPNET_LAYER_MAP,
+        "shrp_mpnet": MPNET_LAYER_MAP,
+        "deberta-v2": DEBERTA_V2_LAYER_MAP,
+        "shrp_deberta_v2": DEBERTA_V2_LAYER_MAP,
+        "modernbert": MODERNBERT_LAYER_MAP,
+        "shrp_modernbert": MODERNBERT_LAYER_MAP,
+        "nomic_bert": NOMIC_BERT_LAYER_MAP,
+        "shrp_nomic_bert": NOMIC_BERT_LAYER_MAP,
         "vit": VIT_LAYER_MAP,
         "shrp_vit": VIT_LAYER_MAP,
     }
 )
 """Model type (`config.model_type`) to module paths."""
 
-_REASONS = {
-    "deberta-v2": "its attention modules also hold relative-position projections per head",
-    "mpnet": "all its layers share one position bias sized for all heads",
-    "albert": "all its layers share one set of heads, so one cut would cut every layer",
-    "modernbert": "its query, key and value are fused in one projection",
-}
+_REASONS = {"albert": "all its layers share one set of weights, so one cut would cut every layer"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.layer_map.neurons_out)
 
     def _parts(self, layer: int, parts: Sequence[Part]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        modules = [(part, self.layers[layer].get_submodule(part.path)) for part in parts]
+        owner = self.layers[layer]
+        modules = [(part, owner.get_submodule(part.path)) for part in parts if part.is_in(owner)]
         return [(part.of(m.weight), None if m.bias is None else part.of(m.bias)) for part, m in modules]
 
     def head_parameters(self, layer: int) -> int:

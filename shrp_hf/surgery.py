@@ -13,20 +13,28 @@ from transformers import initialization as init
 from shrp_hf.families import FAMILIES, HeadLayout, head_layout, refusal
 from shrp_hf.models import (
     modeling_shrp_bert,
+    modeling_shrp_debertav2,
     modeling_shrp_distilbert,
     modeling_shrp_electra,
+    modeling_shrp_modernbert,
+    modeling_shrp_mpnet,
+    modeling_shrp_nomicbert,
     modeling_shrp_roberta,
     modeling_shrp_vit,
 )
 from shrp_hf.models.layer_map import row_index
-from shrp_hf.models.modeling_shrp import ShrpModelMixin, take_weights_
+from shrp_hf.models.modeling_shrp import ShrpModelMixin, pooling_options, take_weights_
 from shrp_hf.models.slicing import OutputMeans, head_columns, heads_to_keep, neurons_to_keep
 from shrp_hf.plan import KeepPlan
 
 _SHRP_MODULES = (
     modeling_shrp_bert,
+    modeling_shrp_debertav2,
     modeling_shrp_distilbert,
     modeling_shrp_electra,
+    modeling_shrp_modernbert,
+    modeling_shrp_mpnet,
+    modeling_shrp_nomicbert,
     modeling_shrp_roberta,
     modeling_shrp_vit,
 )
@@ -199,9 +207,8 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
             fields |= {"num_attention_heads": len(kept[0]), "head_dim": config.head_size}
     stock_config = stock_class.config_class.from_dict(fields)
     stock_config._attn_implementation = config._attn_implementation
-    options = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
     with init.no_init_weights():
-        stock = stock_class(stock_config, **options)
+        stock = stock_class(stock_config, **pooling_options(model))
     source = copy.deepcopy(model)
     weights = dict(source.state_dict(keep_vars=True))
     if not compact:
@@ -257,6 +264,8 @@ def _add_silent_rows_(
         owned = [(path, layer_map.heads_in, layer_map.heads_out, columns) for path in layer_map.head_paths]
         owned += [(path, layer_map.neurons_in, layer_map.neurons_out, neurons) for path in layer_map.neuron_paths]
         for path, parts, output, index in owned:
+            if not all(part.is_in(expected[i]) for part in parts if part.path == path):
+                continue
             for kind, template in expected[i].get_submodule(path).named_parameters():
                 name = f"{layers}.{i}.{path}.{kind}"
                 part = weights.get(name)

@@ -209,8 +209,9 @@ class ShrpConfigFields:
     def _check_sizes(self) -> None:
         for name, most in _SIZES.items():
             size = getattr(self, name, None)
-            if isinstance(size, int) and not 1 <= size <= most:
-                raise ValueError(f"`{name}` must be between 1 and {most:,}, got {size}.")
+            least = int(name != "type_vocab_size")  # DeBERTa tells no types of tokens apart
+            if isinstance(size, int) and not least <= size <= most:
+                raise ValueError(f"`{name}` must be between {least} and {most:,}, got {size}.")
         padding = getattr(self, "pad_token_id", None)
         count = getattr(self, "vocab_size", None)
         if padding is not None and count is not None and not -count <= padding < count:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,27 @@ class Part:
         path: The module with the matrix, from the layer.
         block: Which one of the equal blocks of rows, from 0: a fused projection holds query, key and value in three.
         blocks: How many blocks there are.
+        optional: The config of some models of the family leaves the module out.
     """
 
     path: str
     block: int = 0
     blocks: int = 1
+    optional: bool = False
+
+    def is_in(self, layer: nn.Module) -> bool:
+        """Whether `layer` has this part.
+
+        Raises:
+            AttributeError: It must have it, and has not.
+        """
+        try:
+            layer.get_submodule(self.path)
+        except AttributeError:
+            if not self.optional:
+                raise
+            return False
+        return True
 
     def of(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """Returns this block of a weight or a bias, or with `dim=-1` of what the module returns; a view."""
@@ -130,4 +147,57 @@ VIT_LAYER_MAP = LayerMap(
     neurons_out="mlp.fc2",
     activation="mlp.activation_fn",
     is_plain=True,
+)
+
+MPNET_LAYER_MAP = LayerMap(
+    layers="encoder.layer",
+    attention="attention.attn",
+    heads_in=(Part("attention.attn.q"), Part("attention.attn.k"), Part("attention.attn.v")),
+    heads_out="attention.attn.o",
+    neurons_in=(Part("intermediate.dense"),),
+    neurons_out="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    head_width="all_head_size",
+    head_bias="position_bias",
+)
+
+DEBERTA_V2_LAYER_MAP = LayerMap(
+    layers="encoder.layer",
+    attention="attention.self",
+    heads_in=(
+        Part("attention.self.query_proj"),
+        Part("attention.self.key_proj"),
+        Part("attention.self.value_proj"),
+        Part("attention.self.pos_key_proj", optional=True),
+        Part("attention.self.pos_query_proj", optional=True),
+    ),
+    heads_out="attention.output.dense",
+    neurons_in=(Part("intermediate.dense"),),
+    neurons_out="output.dense",
+    activation="intermediate.intermediate_act_fn",
+    head_width="all_head_size",
+)
+"""Also v3's, which shares the projections of query and key with the positions."""
+
+MODERNBERT_LAYER_MAP = LayerMap(
+    layers="layers",
+    attention="attn",
+    heads_in=(Part("attn.Wqkv", 0, 3), Part("attn.Wqkv", 1, 3), Part("attn.Wqkv", 2, 3)),
+    heads_out="attn.Wo",
+    neurons_in=(Part("mlp.Wi", 0, 2), Part("mlp.Wi", 1, 2)),
+    neurons_out="mlp.Wo",
+    activation="mlp.act",
+    head_count=None,
+    after_heads=("attn.out_drop",),
+)
+
+NOMIC_BERT_LAYER_MAP = LayerMap(
+    layers="layers",
+    attention="self_attn",
+    heads_in=(Part("self_attn.q_proj"), Part("self_attn.k_proj"), Part("self_attn.v_proj")),
+    heads_out="self_attn.o_proj",
+    neurons_in=(Part("mlp.gate_proj"), Part("mlp.up_proj")),
+    neurons_out="mlp.down_proj",
+    activation="mlp.act_fn",
+    head_count=None,
 )

@@ -163,9 +163,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
         # Transformers 5 ignores this field: the weights of a stock model are whole.
         config = cls.config_class.from_dict({**fields, "pruned_heads": None})
         config._attn_implementation = model.config._attn_implementation
-        options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
         with init.no_init_weights():
-            wrapped = cls(config, **options)
+            wrapped = cls(config, **pooling_options(model))
         take_weights_(wrapped, model, model.state_dict(keep_vars=True))
         return wrapped.train(model.training)
 
@@ -321,9 +320,14 @@ class ShrpHeadMixin(ShrpModelMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stock = getattr(self, self.base_model_prefix)
-        options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
-        setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
+        setattr(self, self.base_model_prefix, self.base_model_class(config, **pooling_options(stock)))
         self.post_init()
+
+
+def pooling_options(model: PreTrainedModel) -> dict[str, bool]:
+    """Says, as an argument for another model of its class, whether a base model has a pooler; families differ in what is usual."""
+    is_base = model is model.base_model  # a task head may have a pooler of its own
+    return {"add_pooling_layer": model.pooler is not None} if is_base and hasattr(model, "pooler") else {}
 
 
 def auto_map(family: str, *heads: str) -> dict[str, str]:

@@ -255,7 +255,7 @@ def _absorb_(output: nn.Module, means: torch.Tensor, kept: torch.Tensor) -> None
 
 
 def _keep_rows_(layer: nn.Module, parts: Sequence[Any], index: torch.Tensor) -> None:
-    for path in dict.fromkeys(part.path for part in parts):
+    for path in dict.fromkeys(part.path for part in parts if part.is_in(layer)):
         linear = layer.get_submodule(path)
         layer.set_submodule(path, slice_linear(linear, row_index(parts, path, linear.weight.shape[0], index), dim=0))
 
