@@ -182,8 +182,8 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
         )
     if config.output_bias:
         raise ValueError(
-            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in the "
-            "stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
+            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
+            "the stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
         )
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
     widths = [config.num_neurons_of(i) for i in range(config.num_hidden_layers)]
