@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
 from .pruning import PrunedLayersMixin
 from .safe_weights import SafeWeightsMixin
+from .slicing import BiasOnly, FirstColumns
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
@@ -26,6 +27,7 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {}
+    has_code: ClassVar[bool] = True
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
@@ -42,7 +44,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not any(isinstance(child, FirstColumns | BiasOnly) for child in module.children()):
+            super()._init_weights(module)  # which some families do through the weights of a module's children
         if isinstance(module, Router):
             module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, Expander):
@@ -82,7 +85,10 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     def _layers_to_convert(self, layers: int | Sequence[int]) -> list[int]:
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
-            raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
+            raise ValueError(
+                f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
+                "neurons instead (`prune_heads`)."
+            )
         layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):
             raise ValueError(
@@ -228,7 +234,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
                 name
                 for name in (key if isinstance(key, str) else key[0] for key in keys)
                 # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
-                if (f"{self.layer_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
+                if (f"{self.config.layer_map.layers}." in name and not self._is_left_empty(name))
+                or name.removeprefix(prefix) in own
             )
             if names:
                 raise ValueError(
@@ -238,8 +245,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
-        layer, _, path = name.partition(f"{self.layer_map.layers}.")[2].partition(".")
-        paths = self.layer_map.head_paths
+        layer, _, path = name.partition(f"{self.config.layer_map.layers}.")[2].partition(".")
+        paths = self.config.layer_map.head_paths
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
         return layer in silent and path.rpartition(".")[0] in paths
 
@@ -298,6 +305,12 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
             del self._ships_code
 
     def _write_code(self, folder: Path) -> None:
+        if not self.has_code:
+            raise ValueError(
+                f"`with_code=True` needs a modeling file, but `{type(self).__name__}` was built by `register_family`: save "
+                "without code, and call `register_family` where it is loaded; or write the class in a file, and give it in "
+                "`model_classes`."
+            )
         source = Path(sys.modules[type(self).__module__].__file__)
         for path in [source, *map(Path, get_relative_import_files(source))]:
             shutil.copyfile(path, folder / path.name)
