@@ -19,7 +19,7 @@ from shrp_hf.models import (
     modeling_shrp_vit,
 )
 from shrp_hf.models.layer_map import row_index
-from shrp_hf.models.modeling_shrp import ShrpModelMixin, take_weights_
+from shrp_hf.models.modeling_shrp import ShrpModelMixin, pooler_options, take_weights_
 from shrp_hf.models.slicing import OutputMeans, head_columns, heads_to_keep, neurons_to_keep
 from shrp_hf.plan import KeepPlan
 
@@ -205,9 +205,8 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
             fields |= {"num_attention_heads": len(kept[0]), "head_dim": config.head_size}
     stock_config = stock_class.config_class.from_dict(fields)
     stock_config._attn_implementation = config._attn_implementation
-    options = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
     with init.no_init_weights():
-        stock = stock_class(stock_config, **options)
+        stock = stock_class(stock_config, **pooler_options(model, stock_class))
     source = copy.deepcopy(model)
     weights = dict(source.state_dict(keep_vars=True))
     if not compact:

@@ -1,5 +1,6 @@
 """What the Shrp models of all families share: building from the config, converting, pruning, loading and saving."""
 
+import inspect
 import json
 import os
 import shutil
@@ -169,9 +170,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
         # Transformers 5 ignores this field: the weights of a stock model are whole.
         config = cls.config_class.from_dict({**fields, "pruned_heads": None})
         config._attn_implementation = model.config._attn_implementation
-        options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
         with init.no_init_weights():
-            wrapped = cls(config, **options)
+            wrapped = cls(config, **pooler_options(model, type(model)))
         take_weights_(wrapped, model, model.state_dict(keep_vars=True))
         return wrapped.train(model.training)
 
@@ -334,8 +334,8 @@ class ShrpHeadMixin(ShrpModelMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stock = getattr(self, self.base_model_prefix)
-        options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
-        setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
+        base = self.base_model_class(config, **pooler_options(stock, type(stock)))
+        setattr(self, self.base_model_prefix, base)
         self.post_init()
 
 
@@ -354,6 +354,12 @@ def _write_auto_map(folder: Path, classes: Mapping[str, str] | None) -> None:
         return
     config |= {"auto_map": dict(classes)} if classes else {}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pooler_options(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Returns the arguments with which `stock_class` is built with a pooler if `model` has one, and else without."""
+    has_option = "add_pooling_layer" in inspect.signature(stock_class.__init__).parameters
+    return {"add_pooling_layer": model.pooler is not None} if has_option and hasattr(model, "pooler") else {}
 
 
 def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
