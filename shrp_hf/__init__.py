@@ -9,6 +9,7 @@ from peft.utils import constants as _peft
 from shrp_hf._version import __version__
 from shrp_hf.budget import Budget
 from shrp_hf.dsp import DspCallback
+from shrp_hf.families import register_family
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.configuration_shrp_debertav2 import ShrpDebertaV2Config
 from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
@@ -18,6 +19,7 @@ from shrp_hf.models.configuration_shrp_mpnet import ShrpMPNetConfig
 from shrp_hf.models.configuration_shrp_nomicbert import ShrpNomicBertConfig
 from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
 from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
+from shrp_hf.models.layer_map import LayerMap, Part
 from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForMaskedLM,
     ShrpBertForMultipleChoice,
@@ -112,7 +114,7 @@ for _base in (
     for _auto, _path in _base.auto_classes.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-    _lora = list(dict.fromkeys(_base.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
+    _lora = list(dict.fromkeys(_config.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
     _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
 del _base, _config, _auto, _path, _lora
 
@@ -124,7 +126,9 @@ __all__ = [
     "HiesSelector",
     "HisSelector",
     "KeepPlan",
+    "LayerMap",
     "MagnitudeSelector",
+    "Part",
     "RandomSelector",
     "ShrpBertConfig",
     "ShrpBertForMaskedLM",
@@ -191,6 +195,7 @@ __all__ = [
     "masked_heads",
     "prune_heads",
     "recovery_arguments",
+    "register_family",
     "to_shrp",
     "to_stock",
 ]

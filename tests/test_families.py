@@ -33,7 +33,7 @@ OUTPUT = "encoder.layer.{}.attention.output.dense"
 DEBERTA_V3 = SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 DEBERTA_V3 |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
 DEBERTA_V2 = DEBERTA_V3 | {"share_att_key": False, "conv_kernel_size": 3, "type_vocab_size": 2}
-SPECIAL = dict.fromkeys(("pad_token_id", "cls_token_id", "bos_token_id"), 0) | dict.fromkeys(("sep_token_id", "eos_token_id"), 1)
+SPECIAL = dict.fromkeys(("pad_token_id", "cls_token_id", "bos_token_id", "sep_token_id", "eos_token_id"), 0)
 # One layer attends everywhere, two within a window of four tokens to either side.
 MODERNBERT = SIZES | SPECIAL | {"local_attention": 8}
 # Model type: prefix of the classes, fields, where layer i has its output projection.
@@ -347,8 +347,11 @@ def test_family_without_expert_layers_says_so(written, family):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         type(shrp.config)(**TABLE[family][1], expert_layers=[1])
-    message = f"^`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.$"
-    with pytest.raises(ValueError, match=message):
+    message = (
+        f"`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and neurons "
+        "instead (`prune_heads`)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         type(shrp).from_pretrained(written / family / "stock", expert_layers=1)
 
 

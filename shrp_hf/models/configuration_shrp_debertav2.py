@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import DebertaV2Config
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import DEBERTA_V2_LAYER_MAP, LayerMap
 
 
 @strict
@@ -19,3 +20,4 @@ class ShrpDebertaV2Config(ShrpConfigFields, DebertaV2Config):
     model_type = "shrp_deberta_v2"
     stock_model_types: ClassVar[tuple[str, ...]] = ("deberta-v2",)
     has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = DEBERTA_V2_LAYER_MAP

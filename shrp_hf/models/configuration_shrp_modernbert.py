@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ModernBertConfig
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import MODERNBERT_LAYER_MAP, LayerMap
 
 
 @strict
@@ -18,3 +19,4 @@ class ShrpModernBertConfig(ShrpConfigFields, ModernBertConfig):
     model_type = "shrp_modernbert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
     has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = MODERNBERT_LAYER_MAP

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MPNetConfig
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import MPNET_LAYER_MAP, LayerMap
 
 
 @strict
@@ -18,3 +19,4 @@ class ShrpMPNetConfig(ShrpConfigFields, MPNetConfig):
     model_type = "shrp_mpnet"
     stock_model_types: ClassVar[tuple[str, ...]] = ("mpnet",)
     has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = MPNET_LAYER_MAP

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import NomicBertConfig
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import NOMIC_BERT_LAYER_MAP, LayerMap
 
 
 @strict
@@ -18,6 +19,7 @@ class ShrpNomicBertConfig(ShrpConfigFields, NomicBertConfig):
     model_type = "shrp_nomic_bert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("nomic_bert",)
     has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = NOMIC_BERT_LAYER_MAP
 
     @property
     def head_size(self) -> int:

@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from .configuration_shrp_debertav2 import ShrpDebertaV2Config
-from .layer_map import DEBERTA_V2_LAYER_MAP
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 
 
@@ -22,7 +21,6 @@ class ShrpDebertaV2Mixin(ShrpModelMixin):
 
     config: ShrpDebertaV2Config
     config_class = ShrpDebertaV2Config
-    layer_map = DEBERTA_V2_LAYER_MAP
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("DebertaV2", *TEXT_HEADS)
 
 

@@ -15,7 +15,6 @@ from transformers import (
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention, ModernBertEncoderLayer, ModernBertMLP
 
 from .configuration_shrp_modernbert import ShrpModernBertConfig
-from .layer_map import MODERNBERT_LAYER_MAP
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .slicing import SilentAttention
 
@@ -25,7 +24,6 @@ class ShrpModernBertMixin(ShrpModelMixin):
 
     config: ShrpModernBertConfig
     config_class = ShrpModernBertConfig
-    layer_map = MODERNBERT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {
         "hidden_states": ModernBertEncoderLayer,
         "attentions": [ModernBertAttention, SilentAttention],

@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from .configuration_shrp_mpnet import ShrpMPNetConfig
-from .layer_map import MPNET_LAYER_MAP
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 
 
@@ -22,7 +21,6 @@ class ShrpMPNetMixin(ShrpModelMixin):
 
     config: ShrpMPNetConfig
     config_class = ShrpMPNetConfig
-    layer_map = MPNET_LAYER_MAP
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("MPNet", *TEXT_HEADS)
 
 

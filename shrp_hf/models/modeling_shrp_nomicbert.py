@@ -13,7 +13,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertLayer
 
 from .configuration_shrp_nomicbert import ShrpNomicBertConfig
-from .layer_map import NOMIC_BERT_LAYER_MAP
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .slicing import SilentAttention
 
@@ -30,7 +29,6 @@ class ShrpNomicBertMixin(ShrpModelMixin):
 
     config: ShrpNomicBertConfig
     config_class = ShrpNomicBertConfig
-    layer_map = NOMIC_BERT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {
         "hidden_states": NomicBertLayer,
         "attentions": [NomicBertAttention, SilentAttention],
