@@ -1,5 +1,6 @@
 """Hooks that read heads while a model runs: no model code changes, and nothing is kept longer than one layer."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,17 @@ def attention_entropy(attention: torch.Tensor, token_mask: torch.Tensor) -> torc
     return total / (count * count.log()).clamp_min(math.log(2))  # a single token has entropy 0 already
 
 
+def _ask_for_map(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward pre-hook of attention that returns its map only when asked: MPNet's, DeBERTa's.
+
+    The model itself is not asked, so it does not gather the maps of all layers.
+    """
+    position = list(inspect.signature(module.forward).parameters).index("output_attentions")
+    if len(args) > position:
+        return (*args[:position], True, *args[position + 1 :]), kwargs
+    return args, kwargs | {"output_attentions": True}
+
+
 class HeadRecorder:
     """Adds what one batch after the other shows about the heads to a `HeadStats`.
 
@@ -89,7 +101,10 @@ class HeadRecorder:
             for layer in self._rows:
                 handles.append(self.layout.output(layer).register_forward_pre_hook(partial(self._read_heads, layer)))
                 if self.stats.request.needs_attention_maps:
-                    handles.append(self.layout.attention(layer).register_forward_hook(partial(self._read_map, layer)))
+                    attention = self.layout.attention(layer)
+                    handles.append(attention.register_forward_hook(partial(self._read_map, layer)))
+                    if "output_attentions" in inspect.signature(attention.forward).parameters:
+                        handles.append(attention.register_forward_pre_hook(_ask_for_map, with_kwargs=True))
             handles.extend(self._neurons.hooks())
             yield
         finally:
