@@ -31,6 +31,8 @@ QUICK = [
     ("bert", "", "routed"),
     ("roberta", "TokenClassification", "experts, holed"),
     ("distilbert", "QuestionAnswering", "half"),
+    ("mpnet", "SequenceClassification", "holed"),
+    ("modernbert", "SequenceClassification", "holed"),
     ("vit", "ImageClassification", "holed"),
 ]
 ALL = [

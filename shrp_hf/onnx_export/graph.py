@@ -116,7 +116,8 @@ def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
                 _fuse_attention_(layer, layout, i, split)
         elif layer.router is None:
             layers[i] = FusedExpertLayer(layer, split)
-    model.config._attn_implementation = ATTENTION
+    # A bias, a rotation or a window is written as the family computes it, out of standard operators.
+    model.config._attn_implementation = ATTENTION if layout.layer_map.is_plain else "eager"
     return model
 
 
