@@ -314,11 +314,11 @@ def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrained
         )
     layer = layers[-1]  # the first one of some families lacks a norm
     attention = _module(model_type, "attention", layer, layer_map.attention)
-    for name in ("head_count", "head_width"):
+    for name, owner in (("head_count", attention), ("head_width", attention), ("activation", layer)):
         attribute = getattr(layer_map, name)
-        if attribute is not None and not hasattr(attention, attribute):
+        if attribute is not None and not _has(owner, attribute):
             raise ValueError(
-                f"`{name}` of the layer map of {model_type!r} names {attribute!r}, but {type(attention).__name__} has no such "
+                f"`{name}` of the layer map of {model_type!r} names {attribute!r}, but {type(owner).__name__} has no such "
                 "attribute: give the right one, or None."
             )
     if layer_map.head_bias is not None and layer_map.head_bias not in inspect.signature(attention.forward).parameters:
@@ -326,8 +326,14 @@ def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrained
             f"`head_bias` of the layer map of {model_type!r} names {layer_map.head_bias!r}, but the forward of "
             f"{type(attention).__name__} has no such argument."
         )
-    for path in (*layer_map.after_heads, *filter(None, (layer_map.residual_norm,))):
-        _module(model_type, "after_heads or residual_norm", layer, path)
+    for name, paths in (("after_heads", layer_map.after_heads), ("residual_norm", (layer_map.residual_norm,))):
+        for path in filter(None, paths):
+            _module(model_type, name, layer, path)
+            if not path.startswith(f"{layer_map.attention}."):
+                raise ValueError(
+                    f"`{name}` of the layer map of {model_type!r} names {path!r}, which is not inside its `attention` "
+                    f"{layer_map.attention!r}."
+                )
     head_width = config.num_attention_heads * _head_size(config)
     _check_matrices(model_type, layer_map, layer, "heads", head_width)
     _check_matrices(model_type, layer_map, layer, "neurons", getattr(config, layer_map.ffn_width, None))
@@ -351,6 +357,14 @@ def _check_matrices(model_type: str, layer_map: LayerMap, layer: nn.Module, kind
         raise ValueError(
             f"`{kind}_out` of the layer map of {model_type!r} needs {width} columns in {output!r}, but it has {columns}."
         )
+
+
+def _has(owner: object, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
 
 
 def _module(model_type: str, field: str, parent: nn.Module, path: str) -> Any:

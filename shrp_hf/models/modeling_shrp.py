@@ -240,15 +240,27 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
             if names:
                 raise ValueError(
                     f"`{load_config.pretrained_model_name_or_path}` does not fit its config: {len(names)} encoder weights are "
-                    f"{problem}, the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
+                    f"{problem}, the first is `{names[0]}`{self._said_of(names[0])}. The files are damaged or were mixed: "
+                    "download or save them again."
                 )
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
-        layer, _, path = name.partition(f"{self.config.layer_map.layers}.")[2].partition(".")
-        paths = self.config.layer_map.head_paths
+        layer, path = self._place_of(name)
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
-        return layer in silent and path.rpartition(".")[0] in paths
+        return layer in silent and path in self.config.layer_map.head_paths
+
+    def _said_of(self, name: str) -> str:
+        """What the config says about the neurons of a weight, if it has any."""
+        layer, path = self._place_of(name)
+        if self.config.intermediate_sizes is None or path not in self.config.layer_map.neuron_paths:
+            return ""
+        return f" (`intermediate_sizes[{layer}]` is {self.config.intermediate_sizes[int(layer)]})"
+
+    def _place_of(self, name: str) -> tuple[str, str]:
+        """Index of the layer, and path of the module within it, of a weight."""
+        layer, _, path = name.partition(f"{self.config.layer_map.layers}.")[2].partition(".")
+        return layer, path.rpartition(".")[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
         """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.
