@@ -9,11 +9,17 @@ from peft.utils import constants as _peft
 from shrp_hf._version import __version__
 from shrp_hf.budget import Budget
 from shrp_hf.dsp import DspCallback
+from shrp_hf.families import register_family
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
+from shrp_hf.models.configuration_shrp_debertav2 import ShrpDebertaV2Config
 from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
 from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
+from shrp_hf.models.configuration_shrp_modernbert import ShrpModernBertConfig
+from shrp_hf.models.configuration_shrp_mpnet import ShrpMPNetConfig
+from shrp_hf.models.configuration_shrp_nomicbert import ShrpNomicBertConfig
 from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
 from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
+from shrp_hf.models.layer_map import LayerMap, Part
 from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForMaskedLM,
     ShrpBertForMultipleChoice,
@@ -21,6 +27,14 @@ from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForSequenceClassification,
     ShrpBertForTokenClassification,
     ShrpBertModel,
+)
+from shrp_hf.models.modeling_shrp_debertav2 import (
+    ShrpDebertaV2ForMaskedLM,
+    ShrpDebertaV2ForMultipleChoice,
+    ShrpDebertaV2ForQuestionAnswering,
+    ShrpDebertaV2ForSequenceClassification,
+    ShrpDebertaV2ForTokenClassification,
+    ShrpDebertaV2Model,
 )
 from shrp_hf.models.modeling_shrp_distilbert import (
     ShrpDistilBertForMaskedLM,
@@ -39,6 +53,28 @@ from shrp_hf.models.modeling_shrp_electra import (
     ShrpElectraForTokenClassification,
     ShrpElectraModel,
 )
+from shrp_hf.models.modeling_shrp_modernbert import (
+    ShrpModernBertForMaskedLM,
+    ShrpModernBertForMultipleChoice,
+    ShrpModernBertForQuestionAnswering,
+    ShrpModernBertForSequenceClassification,
+    ShrpModernBertForTokenClassification,
+    ShrpModernBertModel,
+)
+from shrp_hf.models.modeling_shrp_mpnet import (
+    ShrpMPNetForMaskedLM,
+    ShrpMPNetForMultipleChoice,
+    ShrpMPNetForQuestionAnswering,
+    ShrpMPNetForSequenceClassification,
+    ShrpMPNetForTokenClassification,
+    ShrpMPNetModel,
+)
+from shrp_hf.models.modeling_shrp_nomicbert import (
+    ShrpNomicBertForMaskedLM,
+    ShrpNomicBertForSequenceClassification,
+    ShrpNomicBertForTokenClassification,
+    ShrpNomicBertModel,
+)
 from shrp_hf.models.modeling_shrp_roberta import (
     ShrpRobertaForMaskedLM,
     ShrpRobertaForMultipleChoice,
@@ -55,6 +91,9 @@ from shrp_hf.selectors import (
     HiesSelector,
     HisSelector,
     MagnitudeSelector,
+    NeuronImportanceSelector,
+    NeuronMagnitudeSelector,
+    NeuronRandomSelector,
     RandomSelector,
     UsageSelector,
 )
@@ -62,13 +101,23 @@ from shrp_hf.surgery import masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.trainer import ShrpTrainer
 from shrp_hf.training_args import ShrpTrainingArguments, recovery_arguments
 
-for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaModel, ShrpViTModel):
+for _base in (
+    ShrpBertModel,
+    ShrpDebertaV2Model,
+    ShrpDistilBertModel,
+    ShrpElectraModel,
+    ShrpMPNetModel,
+    ShrpModernBertModel,
+    ShrpNomicBertModel,
+    ShrpRobertaModel,
+    ShrpViTModel,
+):
     _config = _base.config_class
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
     for _auto, _path in _base.auto_classes.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-    _lora = [_path.rpartition(".")[2] for _path in (_base.head_map.projections[0], _base.head_map.projections[2])]
+    _lora = list(dict.fromkeys(_config.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
     _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
 del _base, _config, _auto, _path, _lora
 
@@ -80,7 +129,12 @@ __all__ = [
     "HiesSelector",
     "HisSelector",
     "KeepPlan",
+    "LayerMap",
     "MagnitudeSelector",
+    "NeuronImportanceSelector",
+    "NeuronMagnitudeSelector",
+    "NeuronRandomSelector",
+    "Part",
     "RandomSelector",
     "ShrpBertConfig",
     "ShrpBertForMaskedLM",
@@ -89,6 +143,13 @@ __all__ = [
     "ShrpBertForSequenceClassification",
     "ShrpBertForTokenClassification",
     "ShrpBertModel",
+    "ShrpDebertaV2Config",
+    "ShrpDebertaV2ForMaskedLM",
+    "ShrpDebertaV2ForMultipleChoice",
+    "ShrpDebertaV2ForQuestionAnswering",
+    "ShrpDebertaV2ForSequenceClassification",
+    "ShrpDebertaV2ForTokenClassification",
+    "ShrpDebertaV2Model",
     "ShrpDistilBertConfig",
     "ShrpDistilBertForMaskedLM",
     "ShrpDistilBertForMultipleChoice",
@@ -104,6 +165,25 @@ __all__ = [
     "ShrpElectraForSequenceClassification",
     "ShrpElectraForTokenClassification",
     "ShrpElectraModel",
+    "ShrpMPNetConfig",
+    "ShrpMPNetForMaskedLM",
+    "ShrpMPNetForMultipleChoice",
+    "ShrpMPNetForQuestionAnswering",
+    "ShrpMPNetForSequenceClassification",
+    "ShrpMPNetForTokenClassification",
+    "ShrpMPNetModel",
+    "ShrpModernBertConfig",
+    "ShrpModernBertForMaskedLM",
+    "ShrpModernBertForMultipleChoice",
+    "ShrpModernBertForQuestionAnswering",
+    "ShrpModernBertForSequenceClassification",
+    "ShrpModernBertForTokenClassification",
+    "ShrpModernBertModel",
+    "ShrpNomicBertConfig",
+    "ShrpNomicBertForMaskedLM",
+    "ShrpNomicBertForSequenceClassification",
+    "ShrpNomicBertForTokenClassification",
+    "ShrpNomicBertModel",
     "ShrpRobertaConfig",
     "ShrpRobertaForMaskedLM",
     "ShrpRobertaForMultipleChoice",
@@ -121,6 +201,7 @@ __all__ = [
     "masked_heads",
     "prune_heads",
     "recovery_arguments",
+    "register_family",
     "to_shrp",
     "to_stock",
 ]

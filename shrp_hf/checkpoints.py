@@ -209,10 +209,10 @@ def _encoder_names(model: PreTrainedModel) -> set[str]:
 def _check_encoder(model: PreTrainedModel, name: str, info: dict[str, Any], misshapen: dict[str, str], own: set[str]) -> None:
     missing, unexpected = sorted({*info["missing_keys"]} & own), sorted(info["unexpected_keys"])
     shapes = [f"`{key}` has shape {misshapen[key]}" for key in sorted(misshapen.keys() & own)]
-    head_map = FAMILIES.get(model.config.model_type)
+    layer_map = FAMILIES.get(model.config.model_type)
     # A pruned Shrp model has checked what its files hold beyond it, and knows which of it is a leftover of Transformers 4.
     is_checked = getattr(model.config, "kept_heads", None) is not None
-    left = [] if head_map is None or is_checked else [key for key in unexpected if f"{head_map.layers}." in key]
+    left = [] if layer_map is None or is_checked else [key for key in unexpected if f"{layer_map.layers}." in key]
     if not (missing or shapes or left):
         return
     found = [f"{len(missing)} weights are missing, the first is `{missing[0]}`"] if missing else []

@@ -5,10 +5,7 @@ from transformers import PreTrainedModel
 
 TINY = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 40}
 FOREIGN = {
-    "deberta-v2": ("DebertaV2", TINY, " (its attention modules also hold relative-position projections per head)"),
-    "mpnet": ("MPNet", TINY, " (all its layers share one position bias sized for all heads)"),
-    "albert": ("Albert", TINY, " (all its layers share one set of heads, so one cut would cut every layer)"),
-    "modernbert": ("ModernBert", TINY | {"pad_token_id": 0}, " (its query, key and value are fused in one projection)"),
+    "albert": ("Albert", TINY, " (all its layers share one set of weights, so one cut would cut every layer)"),
     "gpt2": ("GPT2", {"n_embd": 16, "n_head": 4, "n_layer": 1, "vocab_size": 40}, ""),
 }
 
@@ -20,8 +17,8 @@ def foreign_model(family: str) -> PreTrainedModel:
 
 def refusal(family: str) -> str:
     return (
-        f"`model` is of type '{family}', and no head map says where its heads are{FOREIGN[family][2]}. Supported: bert, "
-        "camembert, distilbert, electra, roberta, vit, xlm-roberta. A family with separate query, key and value projections "
-        "can be added: a `HeadMap` in `shrp_hf.models.head_slicing`, a row in `shrp_hf.families.FAMILIES` and, to cut and "
-        "save, a config and a modeling file in `shrp_hf.models`; see docs/how-to/add-a-family.md."
+        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. Supported: "
+        "bert, camembert, deberta-v2, distilbert, electra, modernbert, mpnet, nomic_bert, roberta, vit, xlm-roberta. "
+        "Teach shrp_hf another family by "
+        f"`shrp_hf.register_family('{family}', LayerMap(...))`; see docs/how-to/add-a-family.md."
     )

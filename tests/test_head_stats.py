@@ -16,10 +16,18 @@ from transformers import (
     BertPreTrainedModel,
     CamembertConfig,
     CamembertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    NomicBertConfig,
+    NomicBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     ViTConfig,
@@ -44,6 +52,8 @@ LAYERS, HEADS, LENGTH = 2, 4, 7
 TINY = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 8}
 TEXT = TINY | {"vocab_size": 40, "initializer_range": 0.3, "hidden_dropout_prob": 0.0, "num_labels": 3}
 EVERYTHING = StatsRequest(importance=True, salience=True, entropy=True, signature_size=5)
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+SPECIAL = dict.fromkeys(("pad_token_id", "cls_token_id", "bos_token_id", "sep_token_id", "eos_token_id"), 0)
 MODELS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)),
@@ -53,6 +63,10 @@ MODELS = {
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(vocab_size=40, dim=16, n_heads=HEADS, n_layers=LAYERS, hidden_dim=8, num_labels=3)
     ),
+    "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(**TEXT)),
+    "deberta-v2": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT, **RELATIVE)),
+    "modernbert": lambda: ModernBertForSequenceClassification(ModernBertConfig(**TEXT, **SPECIAL)),
+    "nomic_bert": lambda: NomicBertForSequenceClassification(NomicBertConfig(**TEXT)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=4, num_labels=3)),
 }
 
@@ -119,7 +133,8 @@ def test_every_family_is_scored(family):
     stats = collect_head_stats(model, batches_for(model), EVERYTHING)
     assert layout.kept == (tuple(range(HEADS)),) * LAYERS
     assert (layout.num_layers, layout.num_heads, layout.head_size) == (LAYERS, HEADS, 4)
-    assert layout.head_parameters(0) == 3 * 4 * (16 + 1) + 4 * 16
+    has_bias = family not in ("modernbert", "nomic_bert")
+    assert layout.head_parameters(0) == 3 * 4 * (16 + has_bias) + 4 * 16
     for scores in (stats.importance(), stats.importance(first_quarter=True), stats.entropy()):
         assert scores.shape == (LAYERS, HEADS)
         assert (scores > 0).all()

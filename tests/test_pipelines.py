@@ -30,7 +30,7 @@ TASKS = {
     "zero-shot-classification": ("SequenceClassification", TEXTS, {"candidate_labels": ["w20", "w30"]}),
 }
 IMAGE_TASKS = {"image-classification": "ImageClassification", "image-feature-extraction": ""}
-TEXT_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+TEXT_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "deberta-v3", "modernbert")
 CASES = [pytest.param(task, family, id=f"{task}-{family}") for task in TASKS for family in TEXT_FAMILIES] + [
     pytest.param(task, "vit", id=f"{task}-vit") for task in IMAGE_TASKS
 ]
@@ -59,7 +59,7 @@ json.dump(found, open("found.json", "w"), default=float)
 def tokenizer_for(family):
     """Words w5 to w98; the padding token is where the family expects it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if family in ("roberta", "xlm-roberta", "camembert"):
+    if family in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         special[:2] = "[UNK]", "[PAD]"
     vocabulary = {token: i for i, token in enumerate([*special, *(f"w{i}" for i in range(5, 99))])}
     return BertTokenizer(vocab=vocabulary, model_max_length=38)

@@ -1,10 +1,21 @@
 """What a model costs: parameters in three conventions, FLOPs, time, memory, and the table that compares models."""
 
-from shrp_hf.benchmark.cost import ParameterCount, count_flops, count_parameters, peak_memory, random_inputs
+from shrp_hf.benchmark.cost import (
+    LayerCost,
+    ModelCost,
+    ParameterCount,
+    count_flops,
+    count_parameters,
+    model_cost,
+    peak_memory,
+    random_inputs,
+)
 from shrp_hf.benchmark.table import ModelReport, accuracy_interval, report_table
 from shrp_hf.benchmark.timing import Progress, Timing, measure_calls, measure_throughput, measure_training_step, training_step
 
 __all__ = [
+    "LayerCost",
+    "ModelCost",
     "ModelReport",
     "ParameterCount",
     "Progress",
@@ -15,6 +26,7 @@ __all__ = [
     "measure_calls",
     "measure_throughput",
     "measure_training_step",
+    "model_cost",
     "peak_memory",
     "random_inputs",
     "report_table",

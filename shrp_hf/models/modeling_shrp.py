@@ -10,43 +10,21 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
-from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
-from .rebuilding import check_as_built, check_plain, take_weights_
+from .pruning import PrunedLayersMixin
+from .rebuilding import check_as_built, check_plain, pooler_options, take_weights_
 from .safe_weights import SafeWeightsMixin
 from .saving import SavingMixin
+from .slicing import BiasOnly, FirstColumns
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
-class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
+class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
-    head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The encoder's layers."""
-        module = self.base_model
-        for name in self.head_map.layers.split("."):
-            module = module._modules[name]  # no attribute access: where ViT has its layers, it would end here again
-        return module
-
-    def _build_layers_(self) -> None:
-        """Turns freshly built stock layers into those that the config describes (called by `__init__`)."""
-        config = self.config
-        config.check_layers()
-        layers = self.layers
-        for i, stock in enumerate(layers):
-            num_kept = len(config.heads_of(i))
-            if i in config.expert_layers or i in config.pending_layers:
-                layers[i] = ExpertLayer(config, i, stock)
-                if not config.routed:
-                    layers[i].keep_experts_(range(num_kept))
-            elif num_kept < config.num_attention_heads:
-                keep_heads_(stock, self.head_map, range(num_kept), config.head_size)
 
     def post_init(self) -> None:
         """As in Transformers; then lists the layer classes that are really there, which FSDP insists on."""
@@ -60,7 +38,8 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not any(isinstance(child, FirstColumns | BiasOnly) for child in module.children()):
+            super()._init_weights(module)  # which some families do through the weights of a module's children
         if isinstance(module, Router):
             module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, Expander):
@@ -80,7 +59,7 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
                 layers; a projection is wrapped; or the weights are spread over several devices.
         """
         layers = self._layers_to_convert(layers)
-        check_plain({i: self.layers[i] for i in layers}, self.head_map)
+        check_plain({i: self.layers[i] for i in layers}, self.config.layer_map)
         for i in layers:
             if not pending:
                 self.config.expert_layers = sorted([*self.config.expert_layers, i])
@@ -101,7 +80,10 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
     def _layers_to_convert(self, layers: int | Sequence[int]) -> list[int]:
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
-            raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
+            raise ValueError(
+                f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
+                "neurons instead (`prune_heads`)."
+            )
         layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):
             raise ValueError(
@@ -159,43 +141,9 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
             if getattr(layer, "router", None) is not None:
                 layer.router.usage.zero_()
 
-    # --- pruning ---
-
-    def prune_heads(self, plan: Any) -> None:
-        """Cuts the model down in place, for good; the counterpart that returns a new model is `shrp_hf.prune_heads`.
-
-        Args:
-            plan: A `KeepPlan` (heads of ordinary and experts of expert layers that *stay*; routers go), or the form of
-                Transformers 4, `{layer: [heads to remove]}`, for ordinary layers. Indices are those of the unpruned model.
-
-        Raises:
-            ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
-                expert layer without experts, the conversion has not finished, or a projection that would be cut is wrapped
-                (adapted, parametrized, masked or quantised). The model is as it was.
-        """
-        if self.config.pending_layers:
-            raise ValueError(
-                f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
-                "`finish_conversion_()`, before pruning."
-            )
-        config, by_plan = self.config, not isinstance(plan, Mapping)
-        present = [config.heads_of(i) for i in range(config.num_hidden_layers)]
-        target = heads_to_keep(plan, present, config.num_attention_heads, config.expert_layers)
-        check_plain({i: self.layers[i] for i in range(len(target)) if target[i] != present[i]}, self.head_map)
-        for i, layer in enumerate(self.layers):
-            positions = [present[i].index(head) for head in target[i]]
-            if isinstance(layer, ExpertLayer):
-                if by_plan:
-                    layer.keep_experts_(positions)
-            elif len(positions) < len(present[i]):
-                keep_heads_(layer, self.head_map, positions, config.head_size)
-        if by_plan and config.expert_layers:
-            config.routed = False
-        is_full = all(len(heads) == config.num_attention_heads for heads in target)
-        config.kept_heads = None if is_full else target
-        self._refresh_()
-
     def _refresh_(self) -> None:
+        if self.config.intermediate_sizes is not None:  # a layer that became an expert layer has lost its own
+            self.config.set_num_neurons_(self.config.intermediate_sizes)
         self.config.check_layers()
         for module in {self, self.base_model}:
             module._list_layer_classes_()
@@ -217,9 +165,8 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
         # Transformers 5 ignores this field: the weights of a stock model are whole.
         config = cls.config_class.from_dict({**fields, "pruned_heads": None})
         config._attn_implementation = model.config._attn_implementation
-        options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
         with init.no_init_weights():
-            wrapped = cls(config, **options)
+            wrapped = cls(config, **pooler_options(model, type(model)))
         take_weights_(wrapped, model, model.state_dict(keep_vars=True))
         return wrapped.train(model.training)
 
@@ -273,7 +220,7 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
         config, prefix = self.config, f"{self.base_model_prefix}."
         own = {name for name in self.base_model.state_dict() if not name.startswith("pooler.")}
         problems = {"missing": info.missing_keys, "unexpected": info.unexpected_keys, "mismatched": info.mismatched_keys}
-        if config.kept_heads is None and not config.expert_layers and not config.pending_layers:
+        if config.is_dense:
             # A dense model may be asked for fewer layers than its files have, or to draw misshapen weights anew.
             problems["unexpected"] = ()
             problems["mismatched"] = () if load_config.ignore_mismatched_sizes else info.mismatched_keys
@@ -282,20 +229,33 @@ class ShrpModelMixin(SavingMixin, SafeWeightsMixin):
                 name
                 for name in (key if isinstance(key, str) else key[0] for key in keys)
                 # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
-                if (f"{self.head_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
+                if (f"{self.config.layer_map.layers}." in name and not self._is_left_empty(name))
+                or name.removeprefix(prefix) in own
             )
             if names:
                 raise ValueError(
                     f"`{load_config.pretrained_model_name_or_path}` does not fit its config: {len(names)} encoder weights are "
-                    f"{problem}, the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
+                    f"{problem}, the first is `{names[0]}`{self._said_of(names[0])}. The files are damaged or were mixed: "
+                    "download or save them again."
                 )
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
-        layer, _, path = name.partition(f"{self.head_map.layers}.")[2].partition(".")
-        paths = (*self.head_map.projections, self.head_map.output)
+        layer, path = self._place_of(name)
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
-        return layer in silent and path.rpartition(".")[0] in paths
+        return layer in silent and path in self.config.layer_map.head_paths
+
+    def _said_of(self, name: str) -> str:
+        """What the config says about the neurons of a weight, if it has any."""
+        layer, path = self._place_of(name)
+        if self.config.intermediate_sizes is None or path not in self.config.layer_map.neuron_paths:
+            return ""
+        return f" (`intermediate_sizes[{layer}]` is {self.config.intermediate_sizes[int(layer)]})"
+
+    def _place_of(self, name: str) -> tuple[str, str]:
+        """Index of the layer, and path of the module within it, of a weight."""
+        layer, _, path = name.partition(f"{self.config.layer_map.layers}.")[2].partition(".")
+        return layer, path.rpartition(".")[0]
 
 
 class ShrpBaseMixin(ShrpModelMixin):
@@ -315,8 +275,8 @@ class ShrpHeadMixin(ShrpModelMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stock = getattr(self, self.base_model_prefix)
-        options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
-        setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
+        base = self.base_model_class(config, **pooler_options(stock, type(stock)))
+        setattr(self, self.base_model_prefix, base)
         self.post_init()
 
 

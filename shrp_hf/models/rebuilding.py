@@ -1,6 +1,7 @@
 """What a model built anew from class and config takes over; what it would lose without a word is refused."""
 
 import copy
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .head_slicing import HeadMap
+from .layer_map import LayerMap
 
 _PACKAGE = __name__.rpartition(".")[0]
 _VALUES = (bool, int, float, str, tuple, type(None), types.FunctionType, types.BuiltinFunctionType)
@@ -52,19 +53,19 @@ def is_quantised(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and is_packed
 
 
-def check_plain(layers: Mapping[int, nn.Module], head_map: HeadMap) -> None:
-    """Refuses projections that are more than a weight and a bias.
+def check_plain(layers: Mapping[int, nn.Module], layer_map: LayerMap) -> None:
+    """Refuses matrices with heads or neurons that are more than a weight and a bias.
 
     Args:
         layers: Layers by their index.
-        head_map: Where the projections are; those that a layer has no more are skipped.
+        layer_map: Where the matrices are; those that a layer has no more are skipped.
 
     Raises:
         ValueError: Names the first, and the way out.
     """
     for i, layer in layers.items():
         modules = dict(layer.named_modules())
-        for path in (*head_map.projections, head_map.output):
+        for path in (*layer_map.head_paths, *layer_map.neuron_paths):
             module = modules.get(path)
             if module is None:
                 continue
@@ -105,9 +106,8 @@ def check_as_built(model: PreTrainedModel, extended: type | None = None) -> None
             f"`model` is a {kind.__module__}.{kind.__qualname__}, no class of Transformers: the code of that class would be "
             "lost. If it only adds a loss or the like, load its files by the class of Transformers that it extends."
         )
-    options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
     with torch.device("meta"), init.no_init_weights():
-        built = kind(copy.deepcopy(model.config), **options)
+        built = kind(copy.deepcopy(model.config), **pooler_options(model, kind))
     found = list(_differences(model, built))
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -146,6 +146,12 @@ def _other_values(where: str, module: nn.Module, other: nn.Module) -> Iterator[s
     for name in shapes.keys() | found_shapes.keys():
         if shapes.get(name) != found_shapes.get(name):
             yield f"`{name}` of {where} has shape {found_shapes.get(name)} instead of {shapes.get(name)}"
+
+
+def pooler_options(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Returns the arguments with which `stock_class` is built with a pooler if `model` has one, and else without."""
+    has_option = "add_pooling_layer" in inspect.signature(stock_class.__init__).parameters
+    return {"add_pooling_layer": model.pooler is not None} if has_option and hasattr(model, "pooler") else {}
 
 
 def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

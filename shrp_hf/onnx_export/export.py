@@ -201,7 +201,7 @@ def _check_size(model: PreTrainedModel) -> None:
 def _output_names(model: PreTrainedModel) -> list[str]:
     """Reads from a tiny run which of the known outputs this model has."""
     layout = head_layout(model)  # refuses other families by name
-    check_plain({i: layout.layers[i] for i in layout.ordinary_layers}, layout.head_map)
+    check_plain({i: layout.layers[i] for i in layout.ordinary_layers}, layout.layer_map)
     pending = getattr(model.config, "pending_layers", None)
     if pending:
         raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")

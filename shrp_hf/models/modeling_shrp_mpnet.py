@@ -1,0 +1,54 @@
+"""MPNet with kept heads and neurons. Parameter names stay the stock ones."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from transformers import (
+    MPNetForMaskedLM,
+    MPNetForMultipleChoice,
+    MPNetForQuestionAnswering,
+    MPNetForSequenceClassification,
+    MPNetForTokenClassification,
+    MPNetModel,
+)
+
+from .configuration_shrp_mpnet import ShrpMPNetConfig
+from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+
+
+class ShrpMPNetMixin(ShrpModelMixin):
+    """What every Shrp MPNet class declares."""
+
+    config: ShrpMPNetConfig
+    config_class = ShrpMPNetConfig
+    auto_classes: ClassVar[Mapping[str, str]] = auto_map("MPNet", *TEXT_HEADS)
+
+
+class ShrpMPNetModel(ShrpMPNetMixin, ShrpBaseMixin, MPNetModel):
+    """The base encoder."""
+
+
+class ShrpMPNetHead(ShrpMPNetMixin, ShrpHeadMixin):
+    """What every task head declares."""
+
+    base_model_class = ShrpMPNetModel
+
+
+class ShrpMPNetForMaskedLM(ShrpMPNetHead, MPNetForMaskedLM):
+    """A masked language model."""
+
+
+class ShrpMPNetForMultipleChoice(ShrpMPNetHead, MPNetForMultipleChoice):
+    """A scorer of several continuations."""
+
+
+class ShrpMPNetForQuestionAnswering(ShrpMPNetHead, MPNetForQuestionAnswering):
+    """A span extractor."""
+
+
+class ShrpMPNetForSequenceClassification(ShrpMPNetHead, MPNetForSequenceClassification):
+    """A classifier or regressor of sequences."""
+
+
+class ShrpMPNetForTokenClassification(ShrpMPNetHead, MPNetForTokenClassification):
+    """A classifier of every token."""

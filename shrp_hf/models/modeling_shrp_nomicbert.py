@@ -1,0 +1,58 @@
+"""NomicBERT with kept heads and neurons. Parameter names stay the stock ones."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from transformers import (
+    NomicBertForMaskedLM,
+    NomicBertForSequenceClassification,
+    NomicBertForTokenClassification,
+    NomicBertModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertLayer
+
+from .configuration_shrp_nomicbert import ShrpNomicBertConfig
+from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .slicing import SilentAttention
+
+# NomicBERT checkpoints keep their old parameter names on disk; Transformers looks up the new ones by the type of the model.
+register_checkpoint_conversion_mapping(
+    ShrpNomicBertConfig.model_type, get_checkpoint_conversion_mapping("nomic_bert"), overwrite=True
+)
+
+HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification")
+
+
+class ShrpNomicBertMixin(ShrpModelMixin):
+    """What every Shrp NomicBERT class declares."""
+
+    config: ShrpNomicBertConfig
+    config_class = ShrpNomicBertConfig
+    _can_record_outputs: ClassVar[dict] = {
+        "hidden_states": NomicBertLayer,
+        "attentions": [NomicBertAttention, SilentAttention],
+    }
+    auto_classes: ClassVar[Mapping[str, str]] = auto_map("NomicBert", *HEADS)
+
+
+class ShrpNomicBertModel(ShrpNomicBertMixin, ShrpBaseMixin, NomicBertModel):
+    """The base encoder."""
+
+
+class ShrpNomicBertHead(ShrpNomicBertMixin, ShrpHeadMixin):
+    """What every task head declares."""
+
+    base_model_class = ShrpNomicBertModel
+
+
+class ShrpNomicBertForMaskedLM(ShrpNomicBertHead, NomicBertForMaskedLM):
+    """A masked language model."""
+
+
+class ShrpNomicBertForSequenceClassification(ShrpNomicBertHead, NomicBertForSequenceClassification):
+    """A classifier or regressor of sequences."""
+
+
+class ShrpNomicBertForTokenClassification(ShrpNomicBertHead, NomicBertForTokenClassification):
+    """A classifier of every token."""
