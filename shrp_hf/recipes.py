@@ -366,4 +366,3 @@ def _trainer(
     return ShrpTrainer(
         to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
     )
-
