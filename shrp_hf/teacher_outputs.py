@@ -79,7 +79,7 @@ class TeacherOutputs:
         key = hashlib.sha256(f"{_digest_of(teacher)} {_digest_of_rows(rows)} {hidden_states} {dtype}".encode()).hexdigest()
         target = Path(folder) / key[:24]
         target.mkdir(parents=True, exist_ok=True)
-        shapes = {"logits": (len(rows), config.num_labels)}
+        shapes: dict[str, tuple[int, ...]] = {"logits": (len(rows), config.num_labels)}
         if hidden_states:
             shapes["hidden"] = (int(_lengths(rows).sum()), config.num_hidden_layers + 1, config.hidden_size)
         kinds = {"logits": torch.promote_types(teacher.dtype, torch.float32), "hidden": dtype}

@@ -443,4 +443,3 @@ class _StageCallback(TrainerCallback):
 
 def _is_routed(model: Any) -> bool:
     return isinstance(model, ShrpModelMixin) and model.config.is_routed
-

@@ -525,8 +525,6 @@ def test_compress_takes_any_labels(names, model, quick, tmp_path):
         "magnitude",
         "--recovery-epochs",
         "0",
-        "--specialise-epochs",
-        "0",
         "--max-length",
         "16",
         "--shape",
