@@ -73,9 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 EXPERTS_ONLY = {"new modules 3e-4", "new modules 5e-3"}
 CLASSES_ONLY = {"temperature 1", "temperature 4"}
 UNLABELLED = {"unlabelled rows": {"augmentation": "rows", "epochs": 2.5}}
-DENSE_RECIPE = Recipe(
-    epochs=3.0, learning_rate=1e-4, dropout=Dropout(0.1, 0.1, 0.1), logits=0.0, hidden_states=0.0
-)
+DENSE_RECIPE = Recipe(epochs=3.0, learning_rate=1e-4, dropout=Dropout(0.1, 0.1, 0.1), logits=0.0, hidden_states=0.0)
 
 
 @dataclass(frozen=True)
@@ -264,9 +262,7 @@ def confirming(names: Sequence[str], controls: Sequence[str], tasks: Sequence[st
                     yield Job("confirm", task, seed, structure, name, combined(name))
 
 
-def work(
-    words: argparse.Namespace, scratch: str, place: int, jobs: Mapping[str, Any], results: Any
-) -> None:
+def work(words: argparse.Namespace, scratch: str, place: int, jobs: Mapping[str, Any], results: Any) -> None:
     """Does jobs for as long as it lives, those of its own task first."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True

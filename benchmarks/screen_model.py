@@ -197,7 +197,7 @@ def student_of(dense: Encoder, structure: str, scores: Scores, *, warm: bool = T
 
 def _expert(layer: OrdinaryLayer, head: int, warm: bool) -> ExpertLayer:
     width = layer.attended.out_features
-    small = ExpertLayer(width).to(layer.up.weight.device)
+    small = ExpertLayer(width).to(layer.up.weight.device, layer.up.weight.dtype)
     rows = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
     for name in ("query", "key", "value"):
         getattr(small, name).weight.copy_(getattr(layer, name).weight[rows])
@@ -213,7 +213,7 @@ def _expert(layer: OrdinaryLayer, head: int, warm: bool) -> ExpertLayer:
 def _thin(
     layer: OrdinaryLayer, heads: torch.Tensor, neurons: torch.Tensor, context: torch.Tensor, inner: torch.Tensor, warm: bool
 ) -> OrdinaryLayer:
-    small = OrdinaryLayer(layer.up.in_features, len(heads), len(neurons)).to(layer.up.weight.device)
+    small = OrdinaryLayer(layer.up.in_features, len(heads), len(neurons)).to(inner.device, inner.dtype)
     rows = (heads[:, None] * HEAD_SIZE + torch.arange(HEAD_SIZE, device=heads.device)).flatten()
     for name, kept in (("query", rows), ("key", rows), ("value", rows), ("up", neurons)):
         getattr(small, name).weight.copy_(getattr(layer, name).weight[kept])

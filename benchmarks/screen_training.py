@@ -225,7 +225,7 @@ class Steps:
     def step(self, index: torch.Tensor, length: int) -> None:
         """Does a step on the rows `index`."""
         self.index.copy_(index)
-        length = next((bucket for bucket in LENGTHS if bucket >= length), length)
+        length = min(next((bucket for bucket in LENGTHS if bucket >= length), length), self.lesson.rows.ids.shape[1])
         if not self.on_gpu:
             self._step(length)
             return

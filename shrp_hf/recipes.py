@@ -116,6 +116,7 @@ class Recipe:
         return replace(self, task_weight=self.task_weight or 1.0)
 
 
+_OF_ROUTERS = ("balance_epochs_per_layer", "specialise_epochs", "balance_coef", "experts_per_sequence")
 _DROPOUTS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
 _TERMS = ("distillation_logits", "distillation_hidden_states", "distillation_value_relations")
 
@@ -146,11 +147,19 @@ def find_recipe(name: str, **changes: Any) -> Recipe:
     """Returns the recipe of that name, with the fields changed that are not None.
 
     Raises:
-        ValueError: There is no recipe of that name.
+        ValueError: There is no recipe of that name, or a change is about routers, which it has not.
     """
     if name not in RECIPES:
         raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, got {name!r}.")
-    return replace(RECIPES[name], **{field: value for field, value in changes.items() if value is not None})
+    changes = {field: value for field, value in changes.items() if value is not None}
+    recipe = replace(RECIPES[name], **changes)
+    idle = [field for field in _OF_ROUTERS if field in changes and not recipe.routes]
+    if idle:
+        raise ValueError(
+            f"`{idle[0]}={changes[idle[0]]}` is about routers, which the recipe {name!r} has not: leave it out, or choose the "
+            "experts by usage (`--expert-selector usage`)."
+        )
+    return recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ def foreign_model(family: str) -> PreTrainedModel:
 
 def refusal(family: str) -> str:
     return (
-        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. Supported: "
-        "bert, camembert, deberta-v2, distilbert, electra, modernbert, mpnet, nomic_bert, roberta, vit, xlm-roberta. "
-        "Teach shrp_hf another family by "
-        f"`shrp_hf.register_family('{family}', LayerMap(...))`; see docs/how-to/add-a-family.md."
+        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. "
+        "Supported: bert, camembert, deberta-v2, distilbert, electra, modernbert, mpnet, nomic_bert, roberta, vit, "
+        f"xlm-roberta. Teach shrp_hf another family by `shrp_hf.register_family('{family}', LayerMap(...))`; see "
+        "docs/how-to/add-a-family.md."
     )

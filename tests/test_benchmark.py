@@ -20,7 +20,6 @@ from transformers import (
     ViTModel,
 )
 
-from benchmarks.tries import TRIES, drawn_experts, static_model, stop_dropout_
 from shrp_hf.benchmark import (
     ModelReport,
     ParameterCount,
@@ -421,23 +420,3 @@ def test_report_table_refuses_rows_without_a_baseline():
         report_table([])
     with pytest.raises(ValueError, match="'dense'.*must have a timing"):
         report_table([ModelReport("dense", DENSE, 1), ModelReport("static", STATIC, 1, timing("static", (1.0,)))])
-
-
-def test_every_try_can_be_named_in_a_list():
-    assert ",".join(TRIES).split(",") == list(TRIES)
-
-
-def test_a_static_model_has_the_experts_that_were_named():
-    model = ShrpBertForSequenceClassification(ShrpBertConfig(**TINY | {"num_hidden_layers": 3}))
-    static = static_model(model, {1: [2], 2: [3, 1]})
-    config = static.config
-    assert (config.expert_layers, config.kept_heads, config.routed) == ([1, 2], [[0, 1, 2, 3], [2], [1, 3]], False)
-    drawn = drawn_experts(model, stays=-1, seed=0)
-    assert list(drawn) == [0, 1]
-    assert drawn != drawn_experts(model, stays=-1, seed=1)
-
-    ids = torch.randint(1, 50, (4, 7))
-    static.train()
-    assert not torch.equal(static(input_ids=ids).logits, static(input_ids=ids).logits)
-    stop_dropout_(static)
-    assert torch.equal(static(input_ids=ids).logits, static(input_ids=ids).logits)

@@ -556,7 +556,11 @@ def test_results_page_is_taken_up_and_tells_failures(work, tmp_path, monkeypatch
     words = [str(word) for pair in paths.items() for word in pair] + "--tasks sst2 --seeds 0".split()
     assert page.main(words) == 0
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
-    assert {path.name for path in cells} == {"dense-seed0.json", "truncate-layers1-default-recovery0.25-seed0.json"}
+    assert {path.name for path in cells} == {
+        "control-default-recovery0.25-seed0.json",
+        "dense-seed0.json",
+        "truncate-layers1-default-recovery0.25-seed0.json",
+    }
     assert page.main(words) == 0
     assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
     assert f"Written: {tmp_path / 'sst2' / 'report.html'}" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_baselines_are_the_majority_the_frequent_labels_and_the_mean():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
-    monkeypatch.setattr(compress_run, "check_reopened", lambda *args: None)
+    monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
     monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 20)
 
 
@@ -101,8 +101,6 @@ def test_compress_takes_any_labels(names, model, quick, tmp_path):
         "--expert-selector",
         "magnitude",
         "--recovery-epochs",
-        "0",
-        "--specialise-epochs",
         "0",
         "--max-length",
         "16",

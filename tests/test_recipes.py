@@ -147,3 +147,10 @@ def test_teacher_alone_makes_labels_irrelevant(setup):
     first, second = (recover(copy.deepcopy(short), dense, s, recipe) for s in (setup, relabelled))
     assert same_state(first, second)
     assert not same_state(first, short)
+
+
+def test_what_routers_alone_read_is_refused_without_them():
+    assert find_recipe("default", expert_selector="usage", specialise_epochs=2).specialise_epochs == 2
+    for name, value in {"specialise_epochs": 2, "balance_epochs_per_layer": 1, "balance_coef": 0.5}.items():
+        with pytest.raises(ValueError, match=f"^`{name}={value}` is about routers, which the recipe 'default' has not"):
+            find_recipe("default", **{name: value})

@@ -256,8 +256,9 @@ def _blind_line(rows: Sequence[Row], headline: str, width: int) -> list[list[str
     if not found:
         return []
     name, reported, held_out = found
-    shown = [reported.text() if reported else "- (undefined)", "-", "-", held_out.text() if held_out else "- (undefined)"]
-    return [[name, "-", str(len(dense.cells)), *shown, *["-"] * (width - 7)]]
+    shares = ["-"] * (2 + any(row.control for row in rows))
+    shown = [reported.text() if reported else "- (undefined)", *shares, held_out.text() if held_out else "- (undefined)"]
+    return [[name, "-", str(len(dense.cells)), *shown, *["-"] * (width - 3 - len(shown))]]
 
 
 def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
