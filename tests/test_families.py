@@ -69,7 +69,7 @@ def stock(
 
 def inputs(family: str, padding: str | None = "right", dtype: torch.dtype = torch.float64, head: str = "") -> dict:
     if family == "vit":
-        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=dtype)}
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)}
     made = batch(padding)
     if padding is not None:  # RoBERTa counts positions from what is not padding
         pad = 1 if "bert" in family and family not in ("bert", "distilbert") else 0
