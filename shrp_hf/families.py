@@ -91,7 +91,11 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.layer_map.attention)
 
     def heads_in(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight (heads * head_size, hidden) and bias of everything that has rows per head: query, key, value first."""
+        """Weight (heads * head_size, hidden) and bias of everything that has rows per head: query, key, value first.
+
+        Args:
+            layer: Index of the layer.
+        """
         return self._parts(layer, self.layer_map.heads_in)
 
     def output(self, layer: int) -> nn.Module:
@@ -99,7 +103,11 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.layer_map.heads_out)
 
     def neurons_in(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight (neurons, hidden) and bias of the first FFN matrix, or of the two that share an index."""
+        """Weight (neurons, hidden) and bias of the first FFN matrix, or of the two that share an index.
+
+        Args:
+            layer: Index of the layer.
+        """
         return self._parts(layer, self.layer_map.neurons_in)
 
     def neurons_out(self, layer: int) -> nn.Module:
