@@ -192,18 +192,7 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
         _check_family(model)
         return model
     config = model.config
-    experts = sorted({*config.expert_layers, *config.pending_layers})
-    if experts:
-        raise ValueError(
-            f"Layers {experts} are expert layers, which no stock model "
-            "has. Ship the model as `save_pretrained` writes it: with its code."
-        )
-    check_as_built(model, extended=None if model.has_code else type(model))
-    if config.output_bias:
-        raise ValueError(
-            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
-            "the stock class. Cut without them, or ship the model as `save_pretrained` writes it: with its code."
-        )
+    _check_has_stock_form(model)
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
     widths = [config.num_neurons_of(i) for i in range(config.num_hidden_layers)]
     if compact:
@@ -242,6 +231,22 @@ def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     own = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ShrpModelMixin))
     prefix = _ROBERTAS.get(getattr(model.config, "stock_model_type", None))
     return own if prefix is None else getattr(transformers, own.__name__.replace("Roberta", prefix))
+
+
+def _check_has_stock_form(model: PreTrainedModel) -> None:
+    config = model.config
+    experts = sorted({*config.expert_layers, *config.pending_layers})
+    if experts:
+        raise ValueError(
+            f"Layers {experts} are expert layers, which no stock model "
+            "has. Ship the model as `save_pretrained` writes it: with its code."
+        )
+    check_as_built(model, extended=type(model) if type(model) in REGISTERED.values() else None)
+    if config.output_bias:
+        raise ValueError(
+            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
+            "the stock class. Cut without them, or ship the model as `save_pretrained` writes it: with its code."
+        )
 
 
 def _check_compact(model: PreTrainedModel, kept: Sequence[Sequence[int]], widths: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.models.slicing import OutputMeans
-from tests.test_families import ALL, ATTENTIONS, EXACT, TABLE, inputs, outputs, stock
+from tests.test_families import ALL, ATTENTIONS, EAGER_ONLY, EXACT, TABLE, inputs, outputs, stock
 from tests.tiny import force_experts_, same_state, tiny_routed
 
 EVERY = tuple(range(64))
@@ -23,7 +23,12 @@ PLANS = {
     "neither": KeepPlan(((1,), (), (0, 1, 2)), 4, ((0, 63), (), EVERY), 64),
     "no heads": KeepPlan(((), ALL, ()), 4, (SOME[0], (), EVERY), 64),
 }
-CASES = [(*case, padding) for case in ATTENTIONS for padding in (("left", "right") if case[0] != "vit" else (None,))]
+CASES = [
+    (*case, padding)
+    for case in ATTENTIONS
+    for padding in (("left", "right") if case[0] != "vit" else (None,))
+    if case[0] not in ("xlm-roberta", "camembert") or (*case[1:], padding) == ("sdpa", "left")  # RoBERTa under other names
+]
 WITHOUT_OUTPUT_BIAS = ("modernbert", "nomic_bert")
 
 
@@ -57,20 +62,22 @@ def drawn_means(seed=3):
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("family", "attention", "padding"), CASES)
-def test_cut_equals_masked(family, attention, padding, plan):
+def test_cut_equals_masked_and_back_to_stock_equals_cut(family, attention, padding, plan):
     model, plan = stock(family, attention=attention), PLANS[plan]
-    for means in (None, drawn_means()):
+    with_means = plan in (PLANS["both"], PLANS["neither"])
+    for means in (None, drawn_means()) if with_means else (None,):
         expected = outputs(silenced(model, plan, means), family, padding)
         assert not torch.allclose(expected, outputs(model, family, padding), rtol=0, atol=1e-3)
         with masked_heads(model, plan, means):
             torch.testing.assert_close(outputs(model, family, padding), expected, **EXACT)
         cut = prune_heads(model, plan, means)
         torch.testing.assert_close(outputs(cut, family, padding), expected, **EXACT)
-        if means is None or family not in WITHOUT_OUTPUT_BIAS:
-            torch.testing.assert_close(outputs(to_stock(cut), family, padding), expected, **EXACT)
-        else:
-            with pytest.raises(ValueError, match="left a bias in output matrices that have none"):
-                to_stock(cut)
+        if attention == "sdpa" or family in EAGER_ONLY:
+            if means is None or family not in WITHOUT_OUTPUT_BIAS:
+                torch.testing.assert_close(outputs(to_stock(cut), family, padding), expected, **EXACT)
+            else:
+                with pytest.raises(ValueError, match="left a bias in output matrices that have none"):
+                    to_stock(cut)
         layout = head_layout(cut)
         assert layout.kept == plan.kept
         assert layout.num_neurons == tuple(len(kept) for kept in plan.neurons)

@@ -22,12 +22,9 @@ class SavingMixin:
     """`save_pretrained` and `push_to_hub` of every Shrp model. Mixed in before a Transformers class."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {}
-    has_code: ClassVar[bool] = True
     _ships_code = True
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, with_code: bool | None = None, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = True, **kwargs: Any) -> None:
         """Saves as Transformers does, but whole or not at all (written beside the target, then moved there), with the code.
 
         The code is some `.py` files, which the config names for every Auto class: so the model opens with
@@ -37,16 +34,13 @@ class SavingMixin:
         Args:
             save_directory: Where to.
             *args: As in Transformers.
-            with_code: False leaves the code out; whoever opens the model then needs shrp_hf. None: with the code, but for a
-                class that `register_family` built, which has none.
+            with_code: False leaves the code out; whoever opens the model then needs shrp_hf.
             **kwargs: As in Transformers. A `distributed_checkpoint` is Transformers' own, and has no code.
 
         Raises:
-            ValueError: `with_code=True`, and the class was built by `register_family`.
             OSError: It cannot be written: a full disk, no permission, a file in the place of the directory, or a `.py` file
                 there that has a name of ours and is not from us.
         """
-        self._check_code(with_code)
         if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint", False):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
@@ -64,14 +58,14 @@ class SavingMixin:
             prefix = f".saving-{os.getpid()}-{platform.node()}-"
             with tempfile.TemporaryDirectory(dir=target, prefix=prefix) as staged:
                 super().save_pretrained(staged, *args, **kwargs)
-                self._settle_code(Path(staged), with_code is not False and self.has_code and self._ships_code)
+                self._settle_code(Path(staged), with_code and self._ships_code)
                 _publish(Path(staged), target)
         except Exception as error:
             if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
                 raise
             raise OSError(f"The model cannot be saved to `{target}` ({error}): what was there is as it was.") from error
 
-    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool | None = None, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = True, **kwargs: Any) -> str:
         """Uploads as Transformers does.
 
         Args:
@@ -80,20 +74,11 @@ class SavingMixin:
             with_code: Upload the code with it, as `save_pretrained` writes it.
             **kwargs: For example `private`, `token`, `commit_message`.
         """
-        self._check_code(with_code)
-        self._ships_code = with_code is not False
+        self._ships_code = with_code
         try:
             return super().push_to_hub(repo_id, *args, **kwargs)
         finally:
             del self._ships_code
-
-    def _check_code(self, with_code: bool | None) -> None:
-        if with_code and not self.has_code:
-            raise ValueError(
-                f"`with_code=True` needs a modeling file, but `{type(self).__name__}` was built by `register_family`: save "
-                "without code, and call `register_family` where it is loaded; or write the class in a file, and give it in "
-                "`model_classes`."
-            )
 
     def _settle_code(self, folder: Path, ships: bool) -> None:
         """Writes the code into a folder that holds a saved model, or takes out what Transformers wrote of it."""
