@@ -98,14 +98,14 @@ class TeacherOutputs:
         return rows.add_column(ROW_COLUMN, list(range(len(rows))))
 
     def __call__(
-        self, *, attention_mask: torch.Tensor, output_hidden_states: bool = False, **inputs: Any
+        self, *, attention_mask: torch.Tensor | None = None, output_hidden_states: bool = False, **inputs: Any
     ) -> SequenceClassifierOutput:
         """Looks up a batch.
 
         Args:
-            attention_mask: Shape (batch, length), 1 for real tokens.
+            attention_mask: Shape (batch, length), 1 for real tokens; None: all are.
             output_hidden_states: Whether hidden states are wanted.
-            **inputs: `teacher_row`, shape (batch,); the others are not looked at.
+            **inputs: `teacher_row`, shape (batch,), and `input_ids`, of which the shape is read; no others.
 
         Returns:
             `logits` (batch, labels) and, if wanted, `hidden_states`, one (batch, length, hidden) a layer, embeddings first.
@@ -113,6 +113,8 @@ class TeacherOutputs:
         Raises:
             ValueError: Hidden states were not stored, or the batch is of other rows.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(inputs["input_ids"])
         index = inputs[ROW_COLUMN].tolist()
         logits = torch.from_numpy(self._logits[index]).to(attention_mask.device)
         if not output_hidden_states:
@@ -138,14 +140,15 @@ def _fill(arrays: dict[str, Any], progress: Path, teacher: PreTrainedModel, rows
     plain = rows.select_columns(names)
     for number, start in enumerate(range(done, len(order), _BATCH_SIZE), start=1):
         index = order[start : start + _BATCH_SIZE].tolist()
-        batch = collator([plain[row] for row in index]).to(teacher.device)
-        if not batch["attention_mask"][:, 0].all():
+        batch = {name: value.to(teacher.device) for name, value in collator([plain[row] for row in index]).items()}
+        mask = batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        if not mask[:, 0].all():
             raise ValueError("`collator` pads on the left: pad on the right, or give the trainer the teacher itself.")
         with torch.inference_mode():
             output = teacher(**batch, output_hidden_states="hidden" in arrays)
         arrays["logits"][index] = _numpy(output.logits, arrays["logits"].dtype)
         if "hidden" in arrays:
-            states = torch.stack(output.hidden_states, dim=2)[batch["attention_mask"].bool()]
+            states = torch.stack(output.hidden_states, dim=2)[mask.bool()]
             places = np.concatenate([np.arange(offsets[row], offsets[row] + lengths[row]) for row in index])
             arrays["hidden"][places] = _numpy(states, arrays["hidden"].dtype)
         if number % _BATCHES_PER_WRITE == 0 or start + _BATCH_SIZE >= len(order):
@@ -175,6 +178,9 @@ def _numpy(values: torch.Tensor, kind: np.dtype) -> np.ndarray:
 
 
 def _lengths(rows: Dataset) -> np.ndarray:
+    """Real tokens of each row, which may be padded already."""
+    if "attention_mask" in rows.column_names:
+        return np.array([sum(mask) for mask in rows["attention_mask"]], dtype=np.int64)
     return np.array([len(ids) for ids in rows["input_ids"]], dtype=np.int64)
 
 

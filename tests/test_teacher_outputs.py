@@ -67,6 +67,22 @@ def test_stored_outputs_teach_what_the_teacher_teaches(sampling, tmp_path, token
     assert not torch.equal(live["classifier.weight"], before["classifier.weight"])
 
 
+def test_rows_may_be_padded_already(tmp_path, tokenizer, rows, teacher):
+    longest = max(map(len, rows["input_ids"]))
+
+    def pad(row):
+        more = longest - len(row["input_ids"])
+        return {"input_ids": row["input_ids"] + [0] * more, "attention_mask": row["attention_mask"] + [0] * more}
+
+    short, padded = (compute(teacher, data, tokenizer, tmp_path, dtype=None) for data in (rows, rows.map(pad)))
+    index = torch.tensor([3, 0])
+    batch = DataCollatorWithPadding(tokenizer)([rows.map(pad)[i] for i in index.tolist()]) | {ROW_COLUMN: index}
+    ours, theirs = (outputs(**batch, output_hidden_states=True) for outputs in (padded, short))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-10)
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_routed_students_learn_from_stored_outputs_too(tmp_path, tokenizer, rows, teacher):
     stored = compute(teacher, rows, tokenizer, tmp_path, dtype=None)
     options = {"num_expert_layers": 1, "balance_epochs_per_layer": 1, "specialise_epochs": 1, "num_train_epochs": None}

@@ -98,8 +98,7 @@ def command(*words: object) -> Callable[[], None]:
 
 
 def train(output: Path, plain: Path, data_dir: Path) -> Callable[[], None]:
-    options = ("--num-expert-layers", 1, "--dense-epochs", 2, "--balance-epochs-per-layer", 2, "--specialise-epochs", 2)
-    options += ("--recovery-epochs", 1, "--batch-size", 8, "--max-length", 16)
+    options = ("--num-expert-layers", 1, "--dense-epochs", 2, "--recovery-epochs", 4, "--batch-size", 8, "--max-length", 16)
     return command("train", plain, "--dataset", "sst2", "--data-dir", data_dir, "--output", output, *options)
 
 
