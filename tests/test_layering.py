@@ -11,16 +11,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("files",),
+    ("files", "allocation"),
     ("_version", "plan", "budget", "numerics"),
-    ("models", "environment"),
+    ("models", "environment", "benchmark"),
     ("families", "training_args", "usage"),
-    ("surgery", "head_stats"),
+    ("surgery", "head_stats", "onnx_export"),
+    ("costs",),
     ("selectors",),
     ("tasks", "distillation", "sampling"),
-    ("trainer", "dsp", "onnx_export"),
+    ("trainer", "dsp"),
     ("recipes",),
-    ("benchmark",),
     ("plots", "report"),
     ("record", "runs"),
     ("model_card",),
