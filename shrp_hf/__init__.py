@@ -68,7 +68,7 @@ for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaM
     for _auto, _path in _base.auto_classes.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-    _lora = [_path.rpartition(".")[2] for _path in (_base.head_map.projections[0], _base.head_map.projections[2])]
+    _lora = list(dict.fromkeys(_base.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
     _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
 del _base, _config, _auto, _path, _lora
 

@@ -126,8 +126,9 @@ def recorded_values(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Yields a list to which a forward pass in the block adds each layer's values, shape (batch, length, width)."""
     layout = head_layout(model)
     values: list[torch.Tensor] = []
+    value = layout.layer_map.heads_in[2]
     handles = [
-        layer.get_submodule(layout.head_map.projections[2]).register_forward_hook(lambda _, __, out: values.append(out))
+        layer.get_submodule(value.path).register_forward_hook(lambda _, __, out: values.append(value.of(out, dim=-1)))
         for layer in layout.layers
     ]
     try:

@@ -20,8 +20,7 @@ def foreign_model(family: str) -> PreTrainedModel:
 
 def refusal(family: str) -> str:
     return (
-        f"`model` is of type '{family}', and no head map says where its heads are{FOREIGN[family][2]}. Supported: bert, "
-        "camembert, distilbert, electra, roberta, vit, xlm-roberta. A family with separate query, key and value projections "
-        "can be added: a `HeadMap` in `shrp_hf.models.head_slicing`, a row in `shrp_hf.families.FAMILIES` and, to cut and "
-        "save, a config and a modeling file in `shrp_hf.models`; see docs/how-to/add-a-family.md."
+        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. Supported: "
+        "bert, camembert, distilbert, electra, roberta, vit, xlm-roberta. Teach shrp_hf another family by "
+        f"`shrp_hf.register_family('{family}', LayerMap(...))`; see docs/how-to/add-a-family.md."
     )

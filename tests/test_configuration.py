@@ -192,8 +192,8 @@ def test_field_that_is_nearly_ours_is_refused(typed, meant):
             {"router_aux_loss_coef": float("nan")}, "`router_aux_loss_coef` must be 0 or more, got nan.", id="coefficient nan"
         ),
         pytest.param(
-            {"format_version": 2},
-            "`format_version` is 2, but this code reads versions up to 1: install a newer shrp_hf.",
+            {"format_version": 3},
+            "`format_version` is 3, but this code reads versions up to 2: install a newer shrp_hf.",
             id="newer format",
         ),
         pytest.param({"format_version": 0}, "`format_version` must be at least 1, got 0.", id="no format"),

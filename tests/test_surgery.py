@@ -251,7 +251,7 @@ def test_model_of_remote_code_is_refused(act):
             id="experts to stock",
         ),
         pytest.param(
-            lambda: to_shrp(tiny_bert()),
+            lambda: prune_heads(tiny_bert(), PLAN),
             lambda m: to_stock(m, compact=True),
             "`compact=True` needs a stock config that says how wide a head is, and `shrp_bert` has none: leave it False, "
             "or ship the model with `save_pretrained(..., with_code=True)`.",

@@ -82,7 +82,7 @@ def weight_magnitude(model: PreTrainedModel) -> torch.Tensor:
     stats = HeadStats.empty(StatsRequest(), scored_heads(layout), layout.num_heads)
     squares = []
     for layer in layout.ordinary_layers:
-        weights = [module.weight for module in layout.projections(layer)] + [layout.output(layer).weight.T]
+        weights = [weight for weight, _ in layout.heads_in(layer)] + [layout.output(layer).weight.T]
         parts = [weight.detach().double().unflatten(0, (-1, layout.head_size)) for weight in weights]
         squares.append(sum(part.square().sum(dim=(1, 2)) for part in parts))  # (heads of the layer,)
     return stats.grid(torch.cat(squares).sqrt().cpu())

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers.activations import ACT2FN
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_EXPERTS_PER_SEQUENCE = 5  # the paper compares Top-1, Top-3 and Top-5
 # Far above what exists; a damaged file must not make a machine build layers, or claim memory, without end.
 _SIZES = {"num_hidden_layers": 1000, "num_attention_heads": 10_000} | dict.fromkeys(
@@ -19,6 +19,8 @@ _OUR_FIELDS = (
     "expert_layers",
     "pending_layers",
     "kept_heads",
+    "intermediate_sizes",
+    "output_bias",
     "routed",
     "experts_per_sequence",
     "router_pooling",
@@ -35,11 +37,13 @@ class ShrpConfigFields:
         expert_layers: Indices of the layers that run as expert layers (SHRP).
         pending_layers: Layers that hold both their dense and their expert form while training; empty otherwise.
         kept_heads: Per layer the original indices of the heads (expert layer: experts) that are left; None: all.
+        intermediate_sizes: Per layer the neurons of its FFN that are left (0: no FFN; an expert layer has none); None: all.
+        output_bias: Whether W_O and the second FFN matrix have a bias where the stock class gives them none.
         routed: Whether expert layers choose their experts by a router (training) or run all they kept (static).
         experts_per_sequence: Top-k of the router, 1 to 5.
         router_pooling: What a router looks at: "mean" of the real tokens, or "cls", the first real token.
         router_aux_loss_coef: Weight of the balance loss in a routed model's training loss.
-        format_version: Version of the saved format.
+        format_version: The lowest version of the saved format that can say all this; set here, whatever is given.
 
     Raises:
         ValueError: The fields contradict each other or the family's own, or an unknown field closely resembles one.
@@ -47,20 +51,23 @@ class ShrpConfigFields:
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
     has_expert_layers: ClassVar[bool] = True
+    ffn_width_field: ClassVar[str] = "intermediate_size"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "task_loss", "balance_loss"]
 
     expert_layers: list[int] = field(default_factory=list)
     pending_layers: list[int] = field(default_factory=list)
     kept_heads: list[list[int]] | None = None
+    intermediate_sizes: list[int] | None = None
+    output_bias: bool = False
     routed: bool = True
     experts_per_sequence: int = 1
     router_pooling: str = "mean"
     router_aux_loss_coef: float | int = 0.1
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Takes over `pruned_heads` of Transformers 4, then checks everything."""
-        for name in set(kwargs) - set(self.__dataclass_fields__):
+        for name in set(kwargs) - set(self.__dataclass_fields__) - {"intermediate_size"}:
             match = difflib.get_close_matches(name, _OUR_FIELDS, n=1, cutoff=0.8)
             if match:
                 raise ValueError(f"Unknown config field `{name}`: did you mean `{match[0]}`?")
@@ -126,10 +133,34 @@ class ShrpConfigFields:
         """Original indices of the heads (or experts) that `layer` has, in order."""
         return list(range(self.num_attention_heads)) if self.kept_heads is None else list(self.kept_heads[layer])
 
+    def num_neurons_of(self, layer: int) -> int:
+        """Neurons of the FFN of `layer`, none in an expert layer."""
+        if layer in self.expert_layers and layer not in self.pending_layers:
+            return 0
+        return self.ffn_width if self.intermediate_sizes is None else self.intermediate_sizes[layer]
+
+    def set_num_neurons_(self, counts: list[int]) -> None:
+        """Takes over how many neurons each layer has, what is said of expert layers aside; all of all is None."""
+        experts = set(self.expert_layers) - set(self.pending_layers)
+        is_full = all(count == self.ffn_width for layer, count in enumerate(counts) if layer not in experts)
+        counts = [0 if layer in experts else count for layer, count in enumerate(counts)]
+        self.intermediate_sizes = None if is_full else counts
+
+    @property
+    def ffn_width(self) -> int:
+        """Neurons of a whole FFN."""
+        return getattr(self, self.ffn_width_field)
+
     @property
     def head_size(self) -> int:
         """Width of one head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all layers are those of the stock model."""
+        changes = (self.kept_heads, self.intermediate_sizes, self.expert_layers, self.pending_layers)
+        return not any(changes) and not self.output_bias
 
     @property
     def is_routed(self) -> bool:
@@ -172,6 +203,8 @@ class ShrpConfigFields:
                 "has a router. Finish the conversion, or set `pending_layers=[]`."
             )
         self._check_kept_heads()
+        self._check_intermediate_sizes()
+        self.format_version = 1 if self.intermediate_sizes is None and not self.output_bias else 2
 
     def _check_sizes(self) -> None:
         for name, most in _SIZES.items():
@@ -215,6 +248,25 @@ class ShrpConfigFields:
                 )
             if layer in self.expert_layers and not heads:
                 raise ValueError(f"`kept_heads[{layer}]` is empty, but expert layer {layer} needs at least one expert.")
+
+    def _check_intermediate_sizes(self) -> None:
+        sizes, width = self.intermediate_sizes, self.ffn_width
+        if sizes is None:
+            return
+        if len(sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"`intermediate_sizes` describes {len(sizes)} layers, but the model has {self.num_hidden_layers}."
+            )
+        for layer, size in enumerate(sizes):
+            if isinstance(size, bool) or not 0 <= size <= width:
+                raise ValueError(
+                    f"`intermediate_sizes[{layer}]` must be from 0 to {width} (`{self.ffn_width_field}`), got {size}."
+                )
+            if size and layer in self.expert_layers and layer not in self.pending_layers:
+                raise ValueError(
+                    f"`intermediate_sizes[{layer}]` is {size}, but layer {layer} is an expert layer, which has no FFN: set it "
+                    "to 0."
+                )
 
 
 def _check_version(version: Any) -> None:

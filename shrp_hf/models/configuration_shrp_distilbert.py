@@ -18,3 +18,4 @@ class ShrpDistilBertConfig(ShrpConfigFields, DistilBertConfig):
     model_type = "shrp_distilbert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
     has_expert_layers: ClassVar[bool] = False
+    ffn_width_field: ClassVar[str] = "hidden_dim"

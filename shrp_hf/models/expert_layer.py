@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from .head_slicing import head_columns, slice_linear
+from .slicing import head_columns, slice_linear
 
 EXPANDER_GAIN = 0.1
 JOINED_FROM = 512  # tokens in a batch from which one product for query, key and value is faster than three

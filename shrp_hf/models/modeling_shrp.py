@@ -16,42 +16,19 @@ from transformers import initialization as init
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
-from .head_slicing import BERT_HEAD_MAP, HeadMap, heads_to_keep, keep_heads_
+from .pruning import PrunedLayersMixin
 from .safe_weights import SafeWeightsMixin
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
 
-class ShrpModelMixin(SafeWeightsMixin):
+class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
-    head_map: ClassVar[HeadMap] = BERT_HEAD_MAP
     auto_classes: ClassVar[Mapping[str, str]] = {}
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The encoder's layers."""
-        module = self.base_model
-        for name in self.head_map.layers.split("."):
-            module = module._modules[name]  # no attribute access: where ViT has its layers, it would end here again
-        return module
-
-    def _build_layers_(self) -> None:
-        """Turns freshly built stock layers into those that the config describes (called by `__init__`)."""
-        config = self.config
-        config.check_layers()
-        layers = self.layers
-        for i, stock in enumerate(layers):
-            num_kept = len(config.heads_of(i))
-            if i in config.expert_layers or i in config.pending_layers:
-                layers[i] = ExpertLayer(config, i, stock)
-                if not config.routed:
-                    layers[i].keep_experts_(range(num_kept))
-            elif num_kept < config.num_attention_heads:
-                keep_heads_(stock, self.head_map, range(num_kept), config.head_size)
 
     def post_init(self) -> None:
         """As in Transformers; then lists the layer classes that are really there, which FSDP insists on."""
@@ -163,41 +140,9 @@ class ShrpModelMixin(SafeWeightsMixin):
             if getattr(layer, "router", None) is not None:
                 layer.router.usage.zero_()
 
-    # --- pruning ---
-
-    def prune_heads(self, plan: Any) -> None:
-        """Cuts the model down in place, for good; the counterpart that returns a new model is `shrp_hf.prune_heads`.
-
-        Args:
-            plan: A `KeepPlan` (heads of ordinary and experts of expert layers that *stay*; routers go), or the form of
-                Transformers 4, `{layer: [heads to remove]}`, for ordinary layers. Indices are those of the unpruned model.
-
-        Raises:
-            ValueError: The plan has another shape, names a head that is gone or a layer that is not there, leaves an
-                expert layer without experts, or the conversion has not finished. The model is as it was.
-        """
-        if self.config.pending_layers:
-            raise ValueError(
-                f"Layers {self.config.pending_layers} are still pending: finish the training, or call "
-                "`finish_conversion_()`, before pruning."
-            )
-        config, by_plan = self.config, not isinstance(plan, Mapping)
-        present = [config.heads_of(i) for i in range(config.num_hidden_layers)]
-        target = heads_to_keep(plan, present, config.num_attention_heads, config.expert_layers)
-        for i, layer in enumerate(self.layers):
-            positions = [present[i].index(head) for head in target[i]]
-            if isinstance(layer, ExpertLayer):
-                if by_plan:
-                    layer.keep_experts_(positions)
-            elif len(positions) < len(present[i]):
-                keep_heads_(layer, self.head_map, positions, config.head_size)
-        if by_plan and config.expert_layers:
-            config.routed = False
-        is_full = all(len(heads) == config.num_attention_heads for heads in target)
-        config.kept_heads = None if is_full else target
-        self._refresh_()
-
     def _refresh_(self) -> None:
+        if self.config.intermediate_sizes is not None:  # a layer that became an expert layer has lost its own
+            self.config.set_num_neurons_(self.config.intermediate_sizes)
         self.config.check_layers()
         for module in {self, self.base_model}:
             module._list_layer_classes_()
@@ -274,7 +219,7 @@ class ShrpModelMixin(SafeWeightsMixin):
         config, prefix = self.config, f"{self.base_model_prefix}."
         own = {name for name in self.base_model.state_dict() if not name.startswith("pooler.")}
         problems = {"missing": info.missing_keys, "unexpected": info.unexpected_keys, "mismatched": info.mismatched_keys}
-        if config.kept_heads is None and not config.expert_layers and not config.pending_layers:
+        if config.is_dense:
             # A dense model may be asked for fewer layers than its files have, or to draw misshapen weights anew.
             problems["unexpected"] = ()
             problems["mismatched"] = () if load_config.ignore_mismatched_sizes else info.mismatched_keys
@@ -283,7 +228,7 @@ class ShrpModelMixin(SafeWeightsMixin):
                 name
                 for name in (key if isinstance(key, str) else key[0] for key in keys)
                 # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
-                if (f"{self.head_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
+                if (f"{self.layer_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
             )
             if names:
                 raise ValueError(
@@ -293,8 +238,8 @@ class ShrpModelMixin(SafeWeightsMixin):
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
-        layer, _, path = name.partition(f"{self.head_map.layers}.")[2].partition(".")
-        paths = (*self.head_map.projections, self.head_map.output)
+        layer, _, path = name.partition(f"{self.layer_map.layers}.")[2].partition(".")
+        paths = self.layer_map.head_paths
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
         return layer in silent and path.rpartition(".")[0] in paths
 

@@ -15,7 +15,6 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from .configuration_shrp_bert import ShrpBertConfig
 from .expert_layer import ExpertAttention, ExpertLayer
-from .head_slicing import SilentAttention
 from .modeling_shrp import TEXT_HEADS, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .modeling_shrp_text import (
     ShrpMaskedLMOutput,
@@ -26,6 +25,7 @@ from .modeling_shrp_text import (
     ShrpTokenClassifierOutput,
     with_routing,
 )
+from .slicing import SilentAttention
 
 
 class ShrpBertMixin(ShrpModelMixin):

@@ -14,8 +14,9 @@ from transformers import (
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
 
 from .configuration_shrp_distilbert import ShrpDistilBertConfig
-from .head_slicing import DISTILBERT_HEAD_MAP, SilentAttention
+from .layer_map import DISTILBERT_LAYER_MAP
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .slicing import SilentAttention
 
 
 class ShrpDistilBertMixin(ShrpModelMixin):
@@ -23,7 +24,7 @@ class ShrpDistilBertMixin(ShrpModelMixin):
 
     config: ShrpDistilBertConfig
     config_class = ShrpDistilBertConfig
-    head_map = DISTILBERT_HEAD_MAP
+    layer_map = DISTILBERT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {
         "hidden_states": TransformerBlock,
         "attentions": [DistilBertSelfAttention, SilentAttention],

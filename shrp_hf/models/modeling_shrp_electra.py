@@ -15,8 +15,8 @@ from transformers import (
 from transformers.models.electra.modeling_electra import ElectraLayer, ElectraSelfAttention
 
 from .configuration_shrp_electra import ShrpElectraConfig
-from .head_slicing import SilentAttention
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .slicing import SilentAttention
 
 
 class ShrpElectraMixin(ShrpModelMixin):

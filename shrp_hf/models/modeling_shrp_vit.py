@@ -11,8 +11,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from .configuration_shrp_vit import ShrpViTConfig
-from .head_slicing import VIT_HEAD_MAP, SilentAttention
+from .layer_map import VIT_LAYER_MAP
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .slicing import SilentAttention
 
 # ViT checkpoints keep their old parameter names on disk; Transformers looks up the new ones by the name of the class.
 register_checkpoint_conversion_mapping("ShrpViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True)
@@ -23,7 +24,7 @@ class ShrpViTMixin(ShrpModelMixin):
 
     config: ShrpViTConfig
     config_class = ShrpViTConfig
-    head_map = VIT_HEAD_MAP
+    layer_map = VIT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {"hidden_states": ViTLayer, "attentions": [ViTAttention, SilentAttention]}
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("ViT", "ImageClassification")
 

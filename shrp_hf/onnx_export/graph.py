@@ -20,25 +20,26 @@ OPSET = 20  # the first one with Gelu
 ATTENTION = "shrp_onnx"
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 _MASKED = float(torch.finfo(torch.float32).min)
+_Projections = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class FusedAttention(nn.Module):
     """Query, key and value projection in one product, and attention in one operator of ONNX Runtime; traced, never run.
 
     Args:
-        projections: Query, key and value projection, each (heads * head_size, hidden).
+        projections: Weight (heads * head_size, hidden) and bias, or None, of query, key and value.
         head_size: Width of one head.
         split: Project in a product of its own, which int8 can quantise at any width. Else ONNX Runtime's `Attention`
             does everything.
     """
 
-    def __init__(self, projections: Sequence[nn.Module], head_size: int, split: bool) -> None:
+    def __init__(self, projections: _Projections, head_size: int, split: bool) -> None:
         super().__init__()
-        self.width = projections[0].weight.shape[0]
+        self.width = projections[0][0].shape[0]
         self.num_heads = self.width // head_size
         self.split = split
-        self.weight = nn.Parameter(torch.cat([p.weight.detach() for p in projections]).T.contiguous())  # (hidden, 3 * width)
-        biases = [p.weight.new_zeros(self.width) if p.bias is None else p.bias.detach() for p in projections]
+        self.weight = nn.Parameter(torch.cat([w.detach() for w, _ in projections]).T.contiguous())  # (hidden, 3 * width)
+        biases = [weight.new_zeros(self.width) if bias is None else bias.detach() for weight, bias in projections]
         self.bias = nn.Parameter(torch.cat(biases))
 
     def forward(
@@ -62,7 +63,7 @@ class FusedAttention(nn.Module):
 class ProjectedAttention(FusedAttention):
     """The same, in families that keep the output projection inside the attention module."""
 
-    def __init__(self, projections: Sequence[nn.Module], head_size: int, split: bool, output: nn.Module) -> None:
+    def __init__(self, projections: _Projections, head_size: int, split: bool, output: nn.Module) -> None:
         super().__init__(projections, head_size, split)
         self.output = output
 
@@ -78,9 +79,8 @@ class FusedExpertLayer(nn.Module):
     def __init__(self, layer: ExpertLayer, split: bool) -> None:
         super().__init__()
         attention = layer.attention.self
-        self.attention = FusedAttention(
-            (attention.query, attention.key, attention.value), attention.attention_head_size, split
-        )
+        projections = [(p.weight, p.bias) for p in (attention.query, attention.key, attention.value)]
+        self.attention = FusedAttention(projections, attention.attention_head_size, split)
         self.expander = layer.expander
         count, dense = self.attention.num_heads, layer.expander.dense
         dense.weight = nn.Parameter(dense.weight.detach().repeat(1, count) / count)
@@ -109,10 +109,10 @@ def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
     """Returns a float32 copy of `model` on the CPU in the form that is traced; it cannot be run."""
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     layout = head_layout(model)
-    layers = model.base_model.get_submodule(layout.head_map.layers)
+    layers = model.base_model.get_submodule(layout.layer_map.layers)
     for i, layer in enumerate(layers):
         if not isinstance(layer, ExpertLayer):
-            if layout.kept[i]:
+            if layout.kept[i] and layout.layer_map.is_plain:
                 _fuse_attention_(layer, layout, i, split)
         elif layer.router is None:
             layers[i] = FusedExpertLayer(layer, split)
@@ -121,11 +121,11 @@ def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
 
 
 def _fuse_attention_(layer: nn.Module, layout: HeadLayout, i: int, split: bool) -> None:
-    head_map, arguments = layout.head_map, (layout.projections(i), layout.head_size, split)
-    if head_map.output.startswith(f"{head_map.attention}."):
-        layer.set_submodule(head_map.attention, ProjectedAttention(*arguments, layout.output(i)))
+    layer_map, arguments = layout.layer_map, (layout.heads_in(i), layout.head_size, split)
+    if layer_map.output_is_inside:
+        layer.set_submodule(layer_map.attention, ProjectedAttention(*arguments, layout.output(i)))
     else:
-        layer.set_submodule(head_map.attention, FusedAttention(*arguments))
+        layer.set_submodule(layer_map.attention, FusedAttention(*arguments))
 
 
 def _padding_mask(*args: object, attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:

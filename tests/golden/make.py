@@ -32,11 +32,17 @@ STOCK = {
 }
 SHRP = ("bert", "bert-masked-lm", "roberta")
 ALL = (0, 1, 2, 3)
+# What format 1 cannot say: whatever it can is still written as format 1, and lies in v1.
+MADE = [(family, kind) for family in STOCK for kind in ("thin", "bare") if family != "bert-masked-lm"]
+MADE += [("bert", "static-thin")]
 PLANS = {
     "pruned": KeepPlan(((0, 2), (1, 2, 3)), 4),
     "silent": KeepPlan(((1,), ()), 4),
     "static1": KeepPlan((ALL, (2,)), 4),
     "static2": KeepPlan(((1, 3), (0, 3)), 4),
+    "thin": KeepPlan(((0, 2), (3,)), 4, ((1, 2, 7), (0,)), 8),
+    "bare": KeepPlan(((1,), ()), 4, ((), ()), 8),
+    "static-thin": KeepPlan(((0, 2), (2,)), 4, ((1, 2, 7), ()), (8, 0)),
 }
 
 
@@ -51,7 +57,7 @@ def stock(family: str) -> PreTrainedModel:
 
 def shrp(family: str, kind: str) -> PreTrainedModel:
     model = to_shrp(stock(family))
-    if kind in ("routed", "pending", "static1"):
+    if kind in ("routed", "pending", "static1", "static-thin"):
         model.convert_layers_([1], pending=kind == "pending")
     if kind == "static2":
         model.convert_layers_([0, 1])
@@ -88,15 +94,14 @@ def make(folder: Path) -> None:
     """Writes everything into a new folder."""
     folder.mkdir()
     answers = {}
-    for family in STOCK:
-        kinds = ["dense", "pruned", "silent"] if family != "bert-masked-lm" else []
-        for kind in kinds + ["routed", "pending", "static1", "static2"] * (family in SHRP):
-            model = shrp(family, kind)
-            model.save_pretrained(folder / f"{family}-{kind}")
-            with torch.no_grad():
-                logits = model(**inputs(family)).logits
-            answers[f"{family}-{kind}"] = {"class": type(model).__name__, "usage": model.usage(), "logits": logits.tolist()}
+    for family, kind in MADE:
+        model = shrp(family, kind)
+        model.save_pretrained(folder / f"{family}-{kind}")
+        with torch.no_grad():
+            logits = model(**inputs(family)).logits
+        answers[f"{family}-{kind}"] = {"class": type(model).__name__, "usage": model.usage(), "logits": logits.tolist()}
     model = shrp("bert", "dense")
+    model.save_pretrained(folder / "bert-dense")
     hies = HiesSelector(budget=Budget.heads(4))
     cahp = CahpSelector(budget=Budget.heads(4), signature_size=3, perplexity=3)
     stats = collect_head_stats(model, batches(), hies.request | cahp.request, cache=folder / "scores.safetensors")
