@@ -39,7 +39,7 @@ def build_ladder(
     config = copy.deepcopy(source.config)
     config.num_hidden_layers = len(layers) + len(experts)
     config.kept_heads = [list(range(count)) for count in (*(heads for heads, _ in layers), *experts)]
-    config.intermediate_sizes = [*(neurons for _, neurons in layers), *(config.intermediate_size for _ in experts)]
+    config.intermediate_sizes = [*(neurons for _, neurons in layers), *(0 for _ in experts)]
     config.expert_layers, config.pending_layers = list(range(len(layers), config.num_hidden_layers)), []
     config.routed = False
     kinds = getattr(config, "layer_types", None)

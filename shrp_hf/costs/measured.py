@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shrp_hf.environment import environment
 from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.files import writing_to
 from shrp_hf.onnx_export.runtime import EXTRA
+from shrp_hf.surgery import to_shrp
 
 NEURON_STEP = 64
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -71,7 +73,7 @@ def latency_table(
     path = folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]}.json"
     if path.exists() and not anew:
         table = CostTable.from_json(path)
-        if dict(table.about) == about and {len(layout.kept[i]) for i in layout.expert_layers} <= set(table.experts):
+        if dict(table.about) == about and set(_expert_counts(layout)) <= set(table.experts or ()):
             return table
     with writing_to(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def _about(model: PreTrainedModel, layout: HeadLayout, at: Serving, num_threads:
         "hidden_size": config.hidden_size,
         "num_heads": layout.num_heads,
         "head_size": layout.head_size,
-        "num_neurons": full_width(model),
+        "num_neurons": to_shrp(model).config.ffn_width,
         "vocab_size": getattr(config, "vocab_size", None),
         "num_labels": config.num_labels,
     }
@@ -113,7 +115,7 @@ def _measured(
     heads, neurons = _head_counts(layout.num_heads), _widths(about["num_neurons"])
     middle = heads[len(heads) // 2], neurons[-1] // 2 // NEURON_STEP * NEURON_STEP or neurons[-1]
     layers = [(count, middle[1]) for count in heads] + [(middle[0], count) for count in neurons]
-    experts = sorted({len(layout.kept[i]) for i in layout.expert_layers})
+    experts = _expert_counts(layout)
     ladder = build_ladder(model, layers, experts)
     inputs = random_inputs(ladder, at.batch_size, at.length)
     before = torch.get_num_threads()
@@ -129,20 +131,35 @@ def _measured(
             seconds = _medians(clock, f"timing layers at {at.batch_size} x {at.length} in {at.runtime}", progress)
     finally:
         torch.set_num_threads(before)
-    fixed, timed = seconds[0] + seconds[-1], seconds[1:-1]
-    by_heads, rest = timed[: len(heads)], timed[len(heads) :]
-    by_neurons, by_experts = rest[: len(neurons)], rest[len(neurons) :]
+    timed = seconds[1:-1]
+    by_heads, by_neurons = (_rising(part) for part in (timed[: len(heads)], timed[len(heads) : len(layers)]))
     return CostTable(
         unit="seconds",
-        fixed=fixed,
+        fixed=seconds[0] + seconds[-1],
         layer=max(0.0, by_heads[0] + by_neurons[0] - by_heads[heads.index(middle[0])]),
         heads=heads,
-        attention=tuple(max(0.0, time - by_heads[0]) for time in by_heads),
+        attention=tuple(time - by_heads[0] for time in by_heads),
         neurons=neurons,
-        ffn=tuple(max(0.0, time - by_neurons[0]) for time in by_neurons),
-        experts=dict(zip(experts, by_experts, strict=True)),
+        ffn=tuple(time - by_neurons[0] for time in by_neurons),
+        experts=dict(zip(experts, timed[len(layers) :], strict=True)),
         about=about,
     )
+
+
+def _rising(times: Sequence[float]) -> list[float]:
+    """The nearest times, in squares, that never fall as the layer grows: what falls is noise (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in times:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
+
+
+def _expert_counts(layout: HeadLayout) -> list[int]:
+    return sorted({len(layout.kept[i]) for i in layout.expert_layers})
 
 
 def _head_counts(total: int) -> tuple[int, ...]:

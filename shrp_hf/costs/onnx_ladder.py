@@ -17,6 +17,17 @@ from shrp_hf.onnx_export.graph import write_graph
 from shrp_hf.onnx_export.runtime import EXTRA, onnx_session, write_int8
 
 
+@dataclass
+class Part:
+    """A stretch of the graph: its nodes, and the names of what goes in and comes out."""
+
+    nodes: list[Any] = field(default_factory=list)
+    weights: list[Any] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    session: Any = None
+
+
 def time_onnx(
     ladder: PreTrainedModel, inputs: Mapping[str, torch.Tensor], folder: Path, num_threads: int, int8: bool = False
 ) -> Clock:
@@ -31,6 +42,23 @@ def time_onnx(
 
     Raises:
         ImportError: The extra `onnx` is not installed.
+    """
+    parts, feeds = open_parts(ladder, inputs, folder, num_threads, int8)
+
+    def call() -> list[float]:
+        known = dict(feeds)
+        return [run_part(part, known) for part in parts]
+
+    return call
+
+
+def open_parts(
+    ladder: PreTrainedModel, inputs: Mapping[str, torch.Tensor], folder: Path, num_threads: int, int8: bool
+) -> tuple[list[Part], dict[str, np.ndarray]]:
+    """Opens the ladder part by part; the arguments are those of `time_onnx`.
+
+    Returns:
+        What comes before the layers, each layer, and what comes after; and what the first of them is given.
     """
     try:
         import onnx
@@ -48,33 +76,29 @@ def time_onnx(
         path = folder / "int8.onnx"
     model = onnx.load(path)
     ones = torch.ones_like(next(iter(inputs.values())))
-    absent = {"attention_mask": ones, "token_type_ids": torch.zeros_like(ones)}
-    feeds = {name: inputs.get(name, absent.get(name)).numpy() for name in asked}
+    given = {"attention_mask": ones, "token_type_ids": torch.zeros_like(ones), **inputs}
+    feeds = {name: given[name].numpy() for name in asked}
     parts = _parts(model.graph, num_outputs=len(names) - 1)
     known = dict(feeds)
     for number, part in enumerate(parts):
         _open(part, model, known, folder / f"part{number}.onnx", num_threads)
-        _run(part, known)
-
-    def call() -> list[float]:
-        known = dict(feeds)
-        return [_run(part, known) for part in parts]
-
-    return call
+        run_part(part, known)
+    return parts, feeds
 
 
-@dataclass
-class _Part:
-    """A stretch of the graph: its nodes, and the names of what goes in and comes out."""
+def run_part(part: Part, known: dict[str, np.ndarray]) -> float:
+    """Runs a part on what is known, adds what it makes to it, and returns the seconds."""
+    if part.session is None:
+        return 0.0
+    given = {name: known[name] for name in part.inputs}
+    start = time.perf_counter()
+    found = part.session.run(part.outputs, given)
+    seconds = time.perf_counter() - start
+    known.update(zip(part.outputs, found, strict=True))
+    return seconds
 
-    nodes: list[Any] = field(default_factory=list)
-    weights: list[Any] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-    session: Any = None
 
-
-def _parts(graph: Any, num_outputs: int) -> list[_Part]:
+def _parts(graph: Any, num_outputs: int) -> list[Part]:
     """Cuts a graph at the hidden states: a node belongs to the first part in which all that it reads is there.
 
     What no hidden state goes into (masks, position biases) so belongs to what comes before the layers, and is handed on.
@@ -88,7 +112,7 @@ def _parts(graph: Any, num_outputs: int) -> list[_Part]:
     ends = [copies.get(name, name) for name in outputs[num_outputs:]]
     weights = {tensor.name: tensor for tensor in graph.initializer}
     there = dict.fromkeys([*weights, *(value.name for value in graph.input)], 0)  # tensor -> the part that first has it
-    parts = [_Part() for _ in range(len(ends) + 1)]
+    parts = [Part() for _ in range(len(ends) + 1)]
     for node in graph.node:
         number = max((there[name] for name in node.input if name), default=0)
         parts[number].nodes.append(node)
@@ -104,7 +128,7 @@ def _parts(graph: Any, num_outputs: int) -> list[_Part]:
     return parts
 
 
-def _open(part: _Part, model: Any, known: Mapping[str, np.ndarray], path: Path, num_threads: int) -> None:
+def _open(part: Part, model: Any, known: Mapping[str, np.ndarray], path: Path, num_threads: int) -> None:
     """Opens a part in a session of its own. Inputs are of the type that the model says, or that they were found to be."""
     import onnx
 
@@ -121,14 +145,3 @@ def _open(part: _Part, model: Any, known: Mapping[str, np.ndarray], path: Path, 
     onnx.save(onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version), path)
     part.session = onnx_session(path, num_threads)
 
-
-def _run(part: _Part, known: dict[str, np.ndarray]) -> float:
-    """Runs a part on what is known, adds what it makes to it, and returns the seconds."""
-    if part.session is None:
-        return 0.0
-    given = {name: known[name] for name in part.inputs}
-    start = time.perf_counter()
-    found = part.session.run(part.outputs, given)
-    seconds = time.perf_counter() - start
-    known.update(zip(part.outputs, found, strict=True))
-    return seconds

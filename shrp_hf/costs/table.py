@@ -28,7 +28,7 @@ class CostTable:
         attention: What so many heads add, one number each; 0 for 0.
         neurons: FFN widths, ascending, from 0 to the unpruned one.
         ffn: What so many neurons add; 0 for 0.
-        experts: Number of experts -> cost of a whole expert layer of so many (SHRP, static).
+        experts: Number of experts -> cost of a whole expert layer of so many (SHRP, static); None: they are in `fixed`.
         about: Where, with what and for which model it was measured.
 
     Raises:
@@ -42,7 +42,7 @@ class CostTable:
     attention: tuple[float, ...]
     neurons: tuple[int, ...]
     ffn: tuple[float, ...]
-    experts: Mapping[int, float] = field(default_factory=dict)
+    experts: Mapping[int, float] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class CostTable:
             listed, priced = getattr(self, counts), getattr(self, costs)
             if len(listed) != len(priced) or listed[:1] != (0,) or sorted(set(listed)) != list(listed):
                 raise ValueError(f"`{counts}` must ascend from 0, a number in `{costs}` for each, got {listed} and {priced}.")
-        numbers = [self.fixed, self.layer, *self.attention, *self.ffn, *self.experts.values()]
+        numbers = [self.fixed, self.layer, *self.attention, *self.ffn, *(self.experts or {}).values()]
         if not np.isfinite(numbers).all() or min(numbers) < 0:
             raise ValueError(f"`{self.unit}` of a part must be finite and at least 0, got {numbers}.")
 
@@ -71,11 +71,13 @@ class CostTable:
         return _interpolated("neurons", neurons, self.neurons, self.ffn)
 
     def experts_of(self, experts: int) -> float:
-        """Returns what an expert layer of so many experts costs.
+        """Returns what an expert layer of so many experts costs, beyond what is in `fixed`.
 
         Raises:
             ValueError: The table holds none of so many.
         """
+        if self.experts is None:
+            return 0.0
         if experts not in self.experts:
             raise ValueError(
                 f"The table holds no expert layer of {experts} experts, but of {sorted(self.experts)}: measure it anew for "
@@ -112,7 +114,8 @@ class CostTable:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             if fields.pop("version") != _VERSION:
                 raise ValueError("another version wrote it")
-            fields["experts"] = {int(count): cost for count, cost in fields["experts"].items()}
+            if fields["experts"] is not None:
+                fields["experts"] = {int(count): cost for count, cost in fields["experts"].items()}
             lists = {name: tuple(fields[name]) for name in ("heads", "attention", "neurons", "ffn")}
             return cls(**{**fields, **lists})
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
