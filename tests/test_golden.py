@@ -10,7 +10,7 @@ import shrp_hf
 from shrp_hf import Budget, HiesSelector, KeepPlan
 from shrp_hf.head_stats import HeadStats, collect_head_stats
 from shrp_hf.models.configuration_shrp import FORMAT_VERSION
-from tests.golden.make import HERE, STOCK, batches, inputs, measured
+from tests.golden.make import HERE, MADE, STOCK, batches, inputs, measured
 
 VERSIONS = [f"v{version}" for version in range(1, FORMAT_VERSION + 1)]
 ANSWERS = {version: json.loads((HERE / version / "answers.json").read_text(encoding="utf-8")) for version in VERSIONS}
@@ -38,7 +38,8 @@ def test_model_of_an_earlier_version_answers_as_it_did(version, name):
     with torch.no_grad():
         close(model(**inputs(family)).logits, answer["logits"])
     assert {str(layer): counts for layer, counts in model.usage().items()} == answer["usage"]
-    if kind in ("dense", "pruned", "silent"):
+    assert model.config.format_version == int(version.removeprefix("v"))
+    if kind in ("dense", "pruned", "silent", "thin", "bare"):
         assert (model.config.kept_heads is None) is (kind == "dense")
         stock = shrp_hf.to_stock(model)
         assert type(stock).__name__ == STOCK[family][0]
@@ -55,14 +56,19 @@ def test_scores_and_plan_of_an_earlier_version_are_read_and_measured_again(versi
     for name, value in measured(stats).items():
         torch.testing.assert_close(value, torch.tensor(answer[name], dtype=torch.float64), rtol=0, atol=1e-12)
         close(today[name], answer[name])
-    assert HiesSelector(budget=Budget.heads(4)).select(model, stats=stats) == KeepPlan.from_json(folder / "plan.json")
+    plan = KeepPlan.from_json(folder / "plan.json")
+    chosen = HiesSelector(budget=Budget.heads(4)).select(model, stats=stats)
+    assert chosen.with_neurons(plan.neurons, plan.num_neurons) == plan
+    assert json.loads(plan.to_json()) == json.loads((folder / "plan.json").read_text(encoding="utf-8"))
 
 
 def test_golden_files_are_small_and_complete():
     sizes = [path.stat().st_size for path in HERE.glob("v*/**/*") if path.is_file()]
-    assert sum(sizes) < 500_000
-    kinds = {name for version, name in MODELS if version == VERSIONS[-1]}
+    assert sum(sizes) < 650_000
+    kinds = {name for _, name in MODELS}
     for family in STOCK:
-        assert {f"{family}-{kind}" for kind in ("dense", "pruned", "silent")} <= kinds or family == "bert-masked-lm"
+        found = {f"{family}-{kind}" for kind in ("dense", "pruned", "silent", "thin", "bare")}
+        assert found <= kinds or family == "bert-masked-lm"
     for family in ("bert", "roberta"):
         assert {f"{family}-{kind}" for kind in ("routed", "pending", "static1", "static2")} <= kinds
+    assert {(version, name) for version, name in MODELS if version == "v2"} == {("v2", f"{f}-{k}") for f, k in MADE}

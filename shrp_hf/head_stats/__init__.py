@@ -1,7 +1,7 @@
-"""What heads do on calibration data (importance, entropy, attention signatures), measured in one pass."""
+"""What heads and neurons do on calibration data (importance, entropy, attention signatures, means), measured in one pass."""
 
 from shrp_hf.head_stats.recorder import attention_entropy, resize_weights
-from shrp_hf.head_stats.scoring import collect_head_stats, scored_heads, weight_magnitude
+from shrp_hf.head_stats.scoring import collect_head_stats, neuron_magnitude, scored_heads, weight_magnitude
 from shrp_hf.head_stats.stats import GRANULARITIES, HeadStats, StatsRequest
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "StatsRequest",
     "attention_entropy",
     "collect_head_stats",
+    "neuron_magnitude",
     "resize_weights",
     "scored_heads",
     "weight_magnitude",

@@ -48,7 +48,8 @@ class Progress:
         self.stats, extra = HeadStats.load_with_texts(self.path)
         if self.stats.request != empty.request or extra.get("salience_batches") != str(salience_batches):
             raise self._refusal("was made for other measurements or another number of batches")
-        if extra.get("model") != self._identity["model"] or self.stats.scored != empty.scored:
+        found = (self.stats.scored, self.stats.widths, self.stats.head_size)
+        if extra.get("model") != self._identity["model"] or found != (empty.scored, empty.widths, empty.head_size):
             raise self._refusal("belongs to another model")
         self.num_done, self._data_seen = int(extra["num_done"]), extra["data"]
 

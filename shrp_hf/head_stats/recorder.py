@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shrp_hf.families import HeadLayout
+from shrp_hf.head_stats.neurons import NeuronRecorder, token_sum
 from shrp_hf.head_stats.stats import FIXED_POINT, MAX_CLASS_SAMPLES, HeadStats
 
 
@@ -78,6 +79,7 @@ class HeadRecorder:
         self._resize: torch.Tensor | None = None
         self._masks: dict[int, torch.Tensor] = {}
         self._layers_seen: set[int] = set()
+        self._neurons = NeuronRecorder(layout, stats)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -85,9 +87,10 @@ class HeadRecorder:
         handles = []
         try:
             for layer in self._rows:
-                handles.append(self.layout.output(layer).register_forward_pre_hook(partial(self._mask_heads, layer)))
+                handles.append(self.layout.output(layer).register_forward_pre_hook(partial(self._read_heads, layer)))
                 if self.stats.request.needs_attention_maps:
                     handles.append(self.layout.attention(layer).register_forward_hook(partial(self._read_map, layer)))
+            handles.extend(self._neurons.hooks())
             yield
         finally:
             for handle in handles:
@@ -99,7 +102,7 @@ class HeadRecorder:
         Args:
             index: Number of the batch, for messages.
             batch: The model's inputs.
-            targets: Where its importance is to be added: "importance", "salience", both, or none without a gradient.
+            targets: Where its importance is to be added: "importance", "salience", "neurons", or none without a gradient.
 
         Raises:
             ValueError: The attention mask is not (batch, length) with a real token in every sample.
@@ -108,8 +111,12 @@ class HeadRecorder:
         self._labels, self._token_mask, self._resize, self._masks = batch.get("labels"), None, None, {}
         self._layers_seen = set()
         mask = batch.get("attention_mask")
-        if mask is None:
-            return
+        if mask is not None:
+            self._set_token_mask(mask, batch)
+        self._neurons.begin(self._token_mask, "neurons" in targets)
+
+    def _set_token_mask(self, mask: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> None:
+        index = self._batch_index
         tokens = batch.get("input_ids", mask)
         if mask.shape != tokens.shape:
             raise ValueError(
@@ -152,38 +159,66 @@ class HeadRecorder:
         terms = loss.new_ones(batch_size)  # the mean is over so many terms of each sample
         if self._labels is not None and not self._labels.is_floating_point():
             terms = (self._labels != -100).reshape(batch_size, -1).sum(dim=1).to(loss.dtype)
+        own_mean = torch.where(terms > 0, 1 / terms.clamp_min(1), 0)
         masks = list(self._masks.values())
-        gradients = torch.autograd.grad(loss * terms.sum(), masks, allow_unused=True, materialize_grads=True)
+        self._neurons.expect(batch_size)
+        gradients = torch.autograd.grad(
+            loss * terms.sum(), [*masks, *self._neurons.leaves], allow_unused=True, materialize_grads=True
+        )
+        if masks:
+            self._add_head_importance(gradients[: len(masks)], terms, own_mean)
+        if "neurons" in self._targets:
+            self._neurons.end(own_mean, self._check_finite)
+        self._masks = {}
+
+    def _add_head_importance(self, gradients: Sequence[torch.Tensor], terms: torch.Tensor, own_mean: torch.Tensor) -> None:
         per_token = torch.cat([gradient.squeeze(-1) for gradient in gradients], dim=-1)  # (batch, length, rows)
         # Padding is not left out: with padding on the left BERT's pooler reads a padded position.
         num_tokens = per_token.shape[:2].numel() if self._token_mask is None else int(self._token_mask.sum())
-        per_token = per_token.reshape(batch_size, -1, per_token.shape[-1])  # choices of a sample side by side
+        per_token = per_token.reshape(len(terms), -1, per_token.shape[-1])  # choices of a sample side by side
         per_sample = per_token.sum(dim=1)  # (batch, rows)
         for layer, rows in self._rows.items():
             self._check_finite(f"gradient of layer {layer}", per_sample[:, rows])
-        own_mean = torch.where(terms > 0, 1 / terms.clamp_min(1), 0).to(per_token.dtype)
+        own_mean = own_mean.to(per_token.dtype)
         sums = (
             (per_sample * own_mean[:, None]).abs().sum(dim=0),
             (per_token * own_mean[:, None, None]).abs().sum(dim=(0, 1)),
             (per_sample.sum(dim=0) / terms.sum()).abs(),
         )
         counts = torch.tensor([int((terms > 0).sum()), num_tokens, 1], dtype=torch.float64)
-        for target in self._targets:
+        for target in set(self._targets) - {"neurons"}:
             self.stats.sums[target].add_(torch.stack(sums).cpu())
             self.stats.sums[f"{target}_counts"].add_(counts)
-        self._masks = {}
 
-    def _mask_heads(self, layer: int, module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        """Multiplies the input of an output projection by a mask of ones that collects the gradient."""
-        if not self._targets:
-            return None
+    def _read_heads(self, layer: int, module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Multiplies the input of an output projection by a mask of ones that collects the gradient; adds its mean."""
         context = inputs[0]  # (batch, length, heads * head_size)
+        if self.stats.request.means:
+            self._add_head_means(layer, context)
+        if not set(self._targets) - {"neurons"}:
+            return None
         dtype = torch.promote_types(context.dtype, torch.float32)
         num_heads = len(self.stats.scored[layer])
         mask = torch.ones(*context.shape[:2], num_heads, 1, dtype=dtype, device=context.device, requires_grad=True)
         self._masks[layer] = mask
         heads = context.unflatten(-1, (num_heads, -1)).to(dtype)
         return ((heads * mask).flatten(-2).to(context.dtype),)
+
+    def _add_head_means(self, layer: int, context: torch.Tensor) -> None:
+        size = self.stats.head_size
+        rows = slice(self._rows[layer].start * size, self._rows[layer].stop * size)
+        self._check_mask(f"the head outputs of layer {layer}", context)
+        self.stats.sums["head_means"][rows].add_(token_sum(context, self._token_mask).cpu())
+        if layer == next(iter(self._rows)):
+            num_tokens = context.shape[:-1].numel() if self._token_mask is None else int(self._token_mask.sum())
+            self.stats.sums["means_counts"].add_(num_tokens)
+
+    def _check_mask(self, what: str, values: torch.Tensor) -> None:
+        if self._token_mask is not None and self._token_mask.shape != values.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` of batch {self._batch_index} has shape {tuple(self._token_mask.shape)}, but {what} have "
+                f"{tuple(values.shape)}: give one value per token."
+            )
 
     def _read_map(self, layer: int, module: nn.Module, inputs: tuple, outputs: tuple) -> None:
         """Adds the entropy and the signatures of one layer's attention maps."""

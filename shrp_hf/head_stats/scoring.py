@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,10 @@ def collect_head_stats(
     """
     layout = head_layout(model)
     quarter = _first_quarter(batches) if request.salience else 0
-    stats = HeadStats.empty(request, scored_heads(layout), layout.num_heads, _num_classes(model, request))
+    heads, classes = scored_heads(layout), _num_classes(model, request)
+    if request.neurons and not layout.ffn_layers:
+        raise ValueError("`model` has no FFN neurons left: leave `neurons` out of the request.")
+    stats = HeadStats.empty(request, heads, layout.num_heads, classes, layout.num_neurons, layout.head_size)
     error: Exception | None = None
     try:
         progress = Progress(cache, model, stats, quarter)
@@ -88,6 +92,16 @@ def weight_magnitude(model: PreTrainedModel) -> torch.Tensor:
     return stats.grid(torch.cat(squares).sqrt().cpu())
 
 
+def neuron_magnitude(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
+    """L2 norm of a neuron's weights (its rows, its column): per layer shape (neurons,), float64; empty where it has none."""
+    layout = head_layout(model)
+    norms = [torch.zeros(0, dtype=torch.float64)] * layout.num_layers
+    for layer in layout.ffn_layers:
+        weights = [weight for weight, _ in layout.neurons_in(layer)] + [layout.neurons_out(layer).weight.T]
+        norms[layer] = sum(weight.detach().double().square().sum(dim=1) for weight in weights).sqrt().cpu()
+    return tuple(norms)
+
+
 def _run(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, torch.Tensor]],
@@ -108,6 +122,7 @@ def _run(
             if progress.is_done(index, batch):
                 continue
             targets = ["importance"] * request.importance + ["salience"] * (request.salience and index < quarter)
+            targets += ["neurons"] * request.neurons
             _score(model, recorder, index, batch, targets)
             if num_batches % save_every == 0:
                 progress.save(num_batches)
@@ -211,4 +226,4 @@ def _joined(stats: HeadStats, error: Exception | None, device: torch.device) -> 
         raise error
     if any((sums[name] == 0).all() for name in sums if name.endswith("_counts")):
         raise ValueError("`batches` is empty (or all its labels are -100): give at least one batch.")
-    return HeadStats(stats.request, stats.scored, stats.num_heads, sums)
+    return replace(stats, sums=sums)

@@ -1,17 +1,18 @@
-"""What one pass over calibration batches leaves behind: sums per head, and the statistics made of them."""
+"""What one pass over calibration batches leaves behind: sums per head and neuron, and the statistics made of them."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from shrp_hf.files import written_whole
+from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.plan import KeepPlan
 
 GRANULARITIES = ("sample", "token", "batch")
@@ -28,12 +29,16 @@ class StatsRequest:
         salience: The same over the first quarter of the batches only (CAHP).
         entropy: Attention entropy.
         signature_size: Side B of the resized attention maps (CAHP), None for none.
+        neurons: Importance of the FFN neurons.
+        means: Mean output of each head and neuron, which a cut can leave behind.
     """
 
     importance: bool = False
     salience: bool = False
     entropy: bool = False
     signature_size: int | None = None
+    neurons: bool = False
+    means: bool = False
 
     def __post_init__(self) -> None:
         if self.signature_size is not None and (not isinstance(self.signature_size, int) or self.signature_size < 2):
@@ -48,6 +53,8 @@ class StatsRequest:
             salience=self.salience or other.salience,
             entropy=self.entropy or other.entropy,
             signature_size=sizes.pop() if sizes else None,
+            neurons=self.neurons or other.neurons,
+            means=self.means or other.means,
         )
 
     def covers(self, other: "StatsRequest") -> bool:
@@ -58,6 +65,11 @@ class StatsRequest:
     def needs_attention_maps(self) -> bool:
         """Whether eager attention is needed."""
         return self.entropy or self.signature_size is not None
+
+    @property
+    def needs_neurons(self) -> bool:
+        """Whether anything is measured of the neurons."""
+        return self.neurons or self.means
 
 
 @dataclass(frozen=True)
@@ -74,16 +86,29 @@ class HeadStats:
         num_heads: Heads per layer of the unpruned model.
         sums: Name to tensor. "importance" (3, rows) and "importance_counts" (3,): by granularity; the same for
             "salience"; "entropy" (rows,) and "entropy_counts" (1,); "signature" and "signature_squares" (classes,
-            rows, B * B) and "signature_counts" (classes,).
+            rows, B * B) and "signature_counts" (classes,); "neurons" (neurons of all layers,) and "neurons_counts" (1,);
+            "head_means" (rows * head size,), "neuron_means" (neurons of all layers,) and "means_counts" (1,), in tokens.
+        widths: Per layer the neurons that were measured; empty where none were.
+        head_size: Width of one head; 0 where no means were measured.
     """
 
     request: StatsRequest
     scored: tuple[tuple[int, ...], ...]
     num_heads: int
     sums: dict[str, torch.Tensor]
+    widths: tuple[int, ...] = ()
+    head_size: int = 0
 
     @classmethod
-    def empty(cls, request: StatsRequest, scored: Sequence[Sequence[int]], num_heads: int, num_classes: int = 0) -> Self:
+    def empty(
+        cls,
+        request: StatsRequest,
+        scored: Sequence[Sequence[int]],
+        num_heads: int,
+        num_classes: int = 0,
+        widths: Sequence[int] = (),
+        head_size: int = 0,
+    ) -> Self:
         """Statistics of no sample.
 
         Args:
@@ -91,10 +116,14 @@ class HeadStats:
             scored: The heads of each layer that are scored.
             num_heads: Heads that a layer had before pruning.
             num_classes: Classes of the task, of which signatures are kept apart.
+            widths: Neurons of each layer.
+            head_size: Width of one head.
         """
-        shapes = _shapes(request, sum(map(len, scored)), num_classes).items()
+        widths = tuple(widths) if request.needs_neurons else ()
+        head_size = head_size if request.means else 0
+        shapes = _shapes(request, sum(map(len, scored)), num_classes, sum(widths), head_size).items()
         sums = {name: torch.zeros(*shape, dtype=dtype) for name, (shape, dtype) in shapes}
-        return cls(request, tuple(tuple(heads) for heads in scored), num_heads, sums)
+        return cls(request, tuple(tuple(heads) for heads in scored), num_heads, sums, widths, head_size)
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
@@ -131,6 +160,28 @@ class HeadStats:
             ValueError: This was not measured.
         """
         return self.grid(self._sum("entropy") / self._sum("entropy_counts"))
+
+    def neuron_importance(self) -> tuple[torch.Tensor, ...]:
+        """Importance of the neurons: mean over samples of |sum over tokens of activation x dL/d activation|.
+
+        Returns:
+            Per layer shape (neurons,), float64; empty where a layer has none.
+
+        Raises:
+            ValueError: This was not measured.
+        """
+        return (self._sum("neurons") / self._sum("neurons_counts")).split(self.widths)
+
+    def output_means(self) -> OutputMeans:
+        """What heads and neurons put out on average over the real tokens, for `prune_heads` and `masked_heads`.
+
+        Raises:
+            ValueError: This was not measured.
+        """
+        count = self._sum("means_counts")
+        heads = (self._sum("head_means") / count).view(-1, self.head_size).split([len(heads) for heads in self.scored])
+        neurons = (self._sum("neuron_means") / count).split(self.widths)
+        return OutputMeans(*(tuple(mean if len(mean) else None for mean in means) for means in (heads, neurons)))
 
     def class_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance (n - 1) of the signatures per class that occurs, each (classes, rows, B * B), float64.
@@ -169,7 +220,11 @@ class HeadStats:
             path: The file.
             extra: Texts to keep in it, by name; `load_with_texts` returns them.
         """
-        shape = {"request": asdict(self.request), "scored": self.scored, "num_heads": self.num_heads}
+        shape: dict[str, Any] = {"request": asdict(self.request), "scored": self.scored, "num_heads": self.num_heads}
+        if self.request.needs_neurons:
+            shape |= {"widths": self.widths, "head_size": self.head_size}
+        else:  # as format 1, which earlier versions read
+            del shape["request"]["neurons"], shape["request"]["means"]
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.sums.items()}
         texts = {"head_stats": json.dumps(shape), **(extra or {})}
         with written_whole(path) as partial:
@@ -209,9 +264,12 @@ class HeadStats:
             raise ValueError(f"`{path}` is damaged, its checksum is another: delete it, or name another.")
         try:
             shape = json.loads(described)
-            stats = cls(StatsRequest(**shape["request"]), tuple(map(tuple, shape["scored"])), shape["num_heads"], sums)
-            expected = _shapes(stats.request, len(stats.rows), len(sums.get("signature_counts", ())))
-            KeepPlan(stats.scored, stats.num_heads)  # as of a plan: indices of heads that there are
+            request, scored = StatsRequest(**shape["request"]), tuple(map(tuple, shape["scored"]))
+            widths, head_size = tuple(shape.get("widths", ())), shape.get("head_size", 0)
+            stats = cls(request, scored, shape["num_heads"], sums, widths, head_size)
+            classes = len(sums.get("signature_counts", ()))
+            expected = _shapes(stats.request, len(stats.rows), classes, sum(widths), head_size)
+            KeepPlan(scored, stats.num_heads, *([((),) * len(scored), widths] if widths else []))  # as of a plan
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"`{path}` holds no head statistics ({error}): delete it, or name another.") from error
         if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sums.items()} != expected:
@@ -219,7 +277,9 @@ class HeadStats:
         return stats, {name: text for name, text in texts.items() if name != "head_stats"}
 
 
-def _shapes(request: StatsRequest, rows: int, num_classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(
+    request: StatsRequest, rows: int, num_classes: int, num_neurons: int, head_size: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and type of every sum; see `HeadStats`."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in ("importance", "salience"):
@@ -231,6 +291,11 @@ def _shapes(request: StatsRequest, rows: int, num_classes: int) -> dict[str, tup
     if request.signature_size:
         signature = (num_classes, rows, request.signature_size**2), torch.int64
         shapes |= {"signature": signature, "signature_squares": signature, "signature_counts": ((num_classes,), torch.int64)}
+    if request.neurons:
+        shapes |= {"neurons": ((num_neurons,), torch.float64), "neurons_counts": ((1,), torch.float64)}
+    if request.means:
+        shapes |= {"head_means": ((rows * head_size,), torch.float64), "neuron_means": ((num_neurons,), torch.float64)}
+        shapes["means_counts"] = (1,), torch.float64
     return shapes
 
 

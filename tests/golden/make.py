@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from shrp_hf import Budget, CahpSelector, HiesSelector, KeepPlan, prune_heads, to_shrp
-from shrp_hf.head_stats import HeadStats, collect_head_stats
+from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.models.configuration_shrp import FORMAT_VERSION
 from tests.tiny import randomize_
 
@@ -34,7 +34,7 @@ SHRP = ("bert", "bert-masked-lm", "roberta")
 ALL = (0, 1, 2, 3)
 # What format 1 cannot say: whatever it can is still written as format 1, and lies in v1.
 MADE = [(family, kind) for family in STOCK for kind in ("thin", "bare") if family != "bert-masked-lm"]
-MADE += [("bert", "static-thin")]
+MADE += [("bert", "mixed")]
 PLANS = {
     "pruned": KeepPlan(((0, 2), (1, 2, 3)), 4),
     "silent": KeepPlan(((1,), ()), 4),
@@ -42,7 +42,7 @@ PLANS = {
     "static2": KeepPlan(((1, 3), (0, 3)), 4),
     "thin": KeepPlan(((0, 2), (3,)), 4, ((1, 2, 7), (0,)), 8),
     "bare": KeepPlan(((1,), ()), 4, ((), ()), 8),
-    "static-thin": KeepPlan(((0, 2), (2,)), 4, ((1, 2, 7), ()), (8, 0)),
+    "mixed": KeepPlan(((0, 2), (2,)), 4, ((1, 2, 7), ()), (8, 0)),
 }
 
 
@@ -57,7 +57,7 @@ def stock(family: str) -> PreTrainedModel:
 
 def shrp(family: str, kind: str) -> PreTrainedModel:
     model = to_shrp(stock(family))
-    if kind in ("routed", "pending", "static1", "static-thin"):
+    if kind in ("routed", "pending", "static1", "mixed"):
         model.convert_layers_([1], pending=kind == "pending")
     if kind == "static2":
         model.convert_layers_([0, 1])
@@ -85,9 +85,14 @@ def measured(stats: HeadStats) -> dict[str, torch.Tensor]:
     """Everything that a scoring pass leaves."""
     mean, variance = stats.class_moments()
     salience = stats.importance("batch", first_quarter=True)
-    return {
+    found = {
         "importance": stats.importance(), "salience": salience, "entropy": stats.entropy(), "mean": mean, "variance": variance
     }  # fmt: skip
+    if stats.request.neurons:
+        means = stats.output_means()
+        found |= {"neurons": torch.cat(stats.neuron_importance()), "neuron_means": torch.cat(means.neurons)}
+        found["head_means"] = torch.cat(means.heads)
+    return found
 
 
 def make(folder: Path) -> None:
@@ -104,8 +109,10 @@ def make(folder: Path) -> None:
     model.save_pretrained(folder / "bert-dense")
     hies = HiesSelector(budget=Budget.heads(4))
     cahp = CahpSelector(budget=Budget.heads(4), signature_size=3, perplexity=3)
-    stats = collect_head_stats(model, batches(), hies.request | cahp.request, cache=folder / "scores.safetensors")
-    hies.select(model, stats=stats).to_json(folder / "plan.json")
+    request = hies.request | cahp.request | StatsRequest(neurons=True, means=True)
+    stats = collect_head_stats(model, batches(), request, cache=folder / "scores.safetensors")
+    plan = hies.select(model, stats=stats).with_neurons(((0, 5), (1, 2, 7)), 8)
+    plan.to_json(folder / "plan.json")
     answers["scores"] = {name: values.tolist() for name, values in measured(stats).items()}
     (folder / "answers.json").write_text(json.dumps(answers) + "\n", encoding="utf-8")
 
