@@ -85,7 +85,10 @@ def test_many_menus_of_concave_values_are_spent_as_the_greedy_choice_spends_them
     ("build", "message"),
     [
         (lambda: Frontier([]), "`menus` must hold at least one menu, got none."),
-        (lambda: Menu([], []), "`costs` and `values` must hold one number per option, at least one, got shapes (0,) and (0,)."),
+        (
+            lambda: Menu([], []),
+            "`costs` and `values` must hold one number per option, at least one, got shapes (0,) and (0,).",
+        ),
         (lambda: Menu([1.0], [1.0, 2.0]), "at least one, got shapes (1,) and (2,)."),
         (lambda: Menu([-1.0], [1.0]), "`costs` must be finite and at least 0, `values` finite, got [-1.] and [1.]."),
         (lambda: Menu([1.0], [np.nan]), "`costs` must be finite and at least 0, `values` finite, got [1.] and [nan]."),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_bert, tiny_routed
 from transformers import (
@@ -230,6 +230,7 @@ def test_what_cannot_be_measured_is_refused_before_it_is(asked, tmp_path):
     assert not asked
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=12))
 def test_times_that_fall_are_pooled_as_isotonic_regression_does(times):
     isotonic = pytest.importorskip("sklearn.isotonic")
@@ -256,8 +257,7 @@ def test_the_ladder_has_the_layers_that_were_asked_for_and_every_one_is_timed(bu
     assert min(seconds) > 0
 
 
-@pytest.mark.parametrize("build", [tiny_bert, vit, static_experts])
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize(("build", "int8"), [(vit, False), (static_experts, True)], ids=["float32", "int8"])
 def test_the_parts_of_the_ladder_in_onnx_say_together_what_pytorch_says(build, int8, tmp_path):
     pytest.importorskip("onnxruntime")
     from shrp_hf.costs.onnx_ladder import open_parts, run_part, time_onnx

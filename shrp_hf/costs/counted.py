@@ -61,7 +61,7 @@ def flop_table(model: PreTrainedModel, at: Serving | None = None) -> CostTable:
 def _linear(unit: str, layout: HeadLayout, whole: int, head: int, neuron: int) -> CostTable:
     """A table in which every head costs the same, and every neuron."""
     ordinary = [i for i in range(layout.num_layers) if i not in layout.expert_layers]
-    heads = max((len(layout.kept[i]) for i in ordinary), default=0) 
+    heads = max((len(layout.kept[i]) for i in ordinary), default=0)
     neurons = max(layout.num_neurons)
     fixed = whole - sum(head * len(layout.kept[i]) + neuron * layout.num_neurons[i] for i in ordinary)
     return CostTable(unit, fixed, 0, (0, heads), (0, head * heads), (0, neurons), (0, neuron * neurons))

@@ -22,9 +22,7 @@ Clock = Callable[[], list[float]]
 """A call of the ladder; returns the seconds of what comes before the layers, of each layer, and of what comes after."""
 
 
-def build_ladder(
-    model: PreTrainedModel, layers: Sequence[tuple[int, int]], experts: Sequence[int] = ()
-) -> PreTrainedModel:
+def build_ladder(model: PreTrainedModel, layers: Sequence[tuple[int, int]], experts: Sequence[int] = ()) -> PreTrainedModel:
     """Builds a model like `model`, with random weights and other layers.
 
     Args:

@@ -1,7 +1,7 @@
 """The ladder in ONNX Runtime: its graph is cut where one layer ends and the next begins, a session for each part."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,9 @@ def open_parts(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(EXTRA) from error
-    ladder.config.output_hidden_states = True
-    asked = input_names(ladder)
-    names = [*output_names(ladder), "hidden_states"]
+    asked, names = input_names(ladder), output_names(ladder)
     path = folder / "ladder.onnx"
-    write_graph(ladder, tracing_inputs(ladder, asked), names, path, split=int8)
+    write_graph(ladder, tracing_inputs(ladder, asked), names, path, split=int8, with_hidden_states=True)
     if int8:
         write_int8(path, folder / "int8.onnx")
         path = folder / "int8.onnx"
@@ -78,7 +76,7 @@ def open_parts(
     ones = torch.ones_like(next(iter(inputs.values())))
     given = {"attention_mask": ones, "token_type_ids": torch.zeros_like(ones), **inputs}
     feeds = {name: given[name].numpy() for name in asked}
-    parts = _parts(model.graph, num_outputs=len(names) - 1)
+    parts = _parts(model.graph, num_outputs=len(names))
     known = dict(feeds)
     for number, part in enumerate(parts):
         _open(part, model, known, folder / f"part{number}.onnx", num_threads)
@@ -137,11 +135,9 @@ def _open(part: Part, model: Any, known: Mapping[str, np.ndarray], path: Path, n
     described = {value.name: value for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]}
     kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(known[name].dtype) for name in part.inputs}
     inputs = [
-        described.get(name) or onnx.helper.make_tensor_value_info(name, kinds[name], known[name].shape)
-        for name in part.inputs
+        described.get(name) or onnx.helper.make_tensor_value_info(name, kinds[name], known[name].shape) for name in part.inputs
     ]
     outputs = [onnx.ValueInfoProto(name=name) for name in part.outputs]  # ONNX Runtime finds out their types
     graph = onnx.helper.make_graph(part.nodes, path.stem, inputs, outputs, part.weights)
     onnx.save(onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version), path)
     part.session = onnx_session(path, num_threads)
-

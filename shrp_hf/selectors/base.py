@@ -15,6 +15,7 @@ from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, scored_heads
 from shrp_hf.plan import KeepPlan
 from shrp_hf.selectors.spending import Spending
+from shrp_hf.surgery import to_shrp
 
 
 def min_max(scores: torch.Tensor) -> torch.Tensor:
@@ -40,7 +41,8 @@ class Selector(ABC):
             of comparing all heads with each other. With neurons: all layers keep as many of both.
         min_heads_per_layer: Heads that every layer keeps, its best ones; 0 allows layers without heads.
         min_neurons_per_layer: The same of neurons, rounded up to a width.
-        neuron_step: FFN widths are multiples of this, which hardware is fast at, or the width that the layer has.
+        neuron_step: FFN widths are multiples of this, or the width that the layer has. None: 64, at which hardware is fast, or
+            an eighth of the unpruned width where that is less.
         frozen_layers: Layers that keep all their heads and neurons.
 
     Attributes:
@@ -62,19 +64,19 @@ class Selector(ABC):
     per_layer: bool = False
     min_heads_per_layer: int = 1
     min_neurons_per_layer: int = 1
-    neuron_step: int = NEURON_STEP
+    neuron_step: int | None = None
     frozen_layers: Sequence[int] = ()
     scores: torch.Tensor | None = field(init=False, default=None, repr=False)
     neuron_scores: Sequence[torch.Tensor] | None = field(init=False, default=None, repr=False)
     measured: dict[int, float] = field(init=False, default_factory=dict, repr=False)
     _model: "_Choice | None" = field(init=False, default=None, repr=False)
-    _spent: dict[Budget, Spending] = field(init=False, default_factory=dict, repr=False)
+    _tables: dict[tuple, CostTable] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._check_budget(self.budget)
         for name, least in (("min_heads_per_layer", 0), ("min_neurons_per_layer", 0), ("neuron_step", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not (value is None and name == "neuron_step") and (not isinstance(value, int) or value < least):
                 raise ValueError(f"`{name}` must be a whole number from {least}, got {value!r}.")
 
     @property
@@ -113,6 +115,17 @@ class Selector(ABC):
         self.score(model, batches, stats=stats, cache=cache)
         return self.plan()
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses a budget that `model` cannot meet, as `select` and `score` do before they score anything.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: Nothing is that cheap (the error names what is), or the model leaves nothing to choose.
+        """
+        self._checked_choice(model)
+
     def score(
         self,
         model: PreTrainedModel,
@@ -135,12 +148,7 @@ class Selector(ABC):
         Raises:
             ValueError: Neither `batches` nor `stats` are given to a selector that needs them, or they do not suit.
         """
-        layout = head_layout(model)
-        choice = replace(self._choice(layout), model=model)
-        self._spent = {}
-        if self._is_priced(self.budget):
-            spending, limit = self._spending(choice, self.budget)
-            spending.check(limit)
+        choice = self._checked_choice(model)
         if self.request != StatsRequest():
             if stats is None and batches is None:
                 raise ValueError(f"`{type(self).__name__}` needs calibration data: give `batches` or `stats`.")
@@ -148,8 +156,10 @@ class Selector(ABC):
                 stats = collect_head_stats(model, batches, self.request, cache=cache)
             if not stats.request.covers(self.request):
                 raise ValueError(f"`stats` measured {stats.request}, but {type(self).__name__} needs {self.request}.")
-            if stats.scored != scored_heads(layout):
+            if stats.scored != scored_heads(choice.layout):
                 raise ValueError("`stats` are those of a model with other heads: score this model.")
+            if self.request.neurons and stats.widths != choice.layout.num_neurons:
+                raise ValueError("`stats` are those of a model with other neurons: score this model.")
         self.measured = {}
         self._model = choice
         self.scores = self._scored(model, stats)
@@ -165,6 +175,8 @@ class Selector(ABC):
         budget = self.budget if budget is None else budget
         self._check_budget(budget)
         choice = self._scored_choice()
+        if self._chooses_neurons(budget) and self.neuron_scores is None:
+            raise ValueError("Neurons were not scored, because the selector's own budget keeps them: give it `neurons=True`.")
         if self._is_priced(budget):
             spending, limit = self._spending(choice, budget)
             heads, neurons = self._worth(self._chooses_neurons(budget))
@@ -218,15 +230,28 @@ class Selector(ABC):
         """Whether a table of costs says what fits."""
         return budget.is_tabled or (budget.kind == "parameters" and self._chooses_neurons(budget))
 
+    def _checked_choice(self, model: PreTrainedModel) -> "_Choice":
+        """What there is to choose of a model that can meet the budget."""
+        choice = replace(self._choice(head_layout(model)), model=model)
+        self._tables = {}
+        if self._is_priced(self.budget):
+            spending, limit = self._spending(choice, self.budget)
+            spending.check(limit)
+        return choice
+
     def _spending(self, choice: "_Choice", budget: Budget) -> tuple[Spending, float]:
         """What the budget may be spent on, and its limit."""
-        if budget not in self._spent:
-            self._spent[budget] = self._options(choice, _table(choice.model, budget), self._chooses_neurons(budget))
-        spending = self._spent[budget]
+        table, key = budget.table, (budget.kind, budget.at)
+        if table is None:
+            if key not in self._tables:
+                self._tables[key] = _table(choice.model, budget)
+            table = self._tables[key]
+        spending = self._options(choice, table, self._chooses_neurons(budget))
         return spending, budget.target if budget.target is not None else budget.keep * spending.whole
 
     def _options(self, choice: "_Choice", table: CostTable, with_neurons: bool, with_heads: bool = True) -> Spending:
-        layout, step = choice.layout, self.neuron_step
+        layout = choice.layout
+        step = self.neuron_step or max(1, min(NEURON_STEP, to_shrp(choice.model).config.ffn_width // 8))
         heads, neurons = [], []
         for i, kept in enumerate(layout.kept):
             least = min(self.min_heads_per_layer, len(kept))
@@ -305,8 +330,6 @@ class Selector(ABC):
 
 def _table(model: PreTrainedModel, budget: Budget) -> CostTable:
     """What heads and neurons cost, by the kind of budget."""
-    if budget.table is not None:
-        return budget.table
     if budget.kind == "parameters":
         return parameter_table(model)
     return flop_table(model, budget.at) if budget.kind == "flops" else latency_table(model, budget.at)

@@ -108,8 +108,8 @@ class Spending:
         """All that is worth choosing, by what the options of each layer are worth."""
         attention, ffn = self._costs()
         if not self.is_uniform:
-            costs, worth = (*attention, *ffn), (*heads, *neurons)
-            return Frontier([Menu(cost, values) for cost, values in zip(costs, worth, strict=True)])
+            each = zip((*attention, *ffn), (*heads, *neurons), strict=True)
+            return Frontier([Menu(cost, values) for cost, values in each])
         rows = [self._options_of(pair) for pair in self._pairs]
         costs = [sum(c[o] for c, o in zip((*attention, *ffn), row, strict=True)) for row in rows]
         worth = [sum(v[o] for v, o in zip((*heads, *neurons), row, strict=True)) for row in rows]
