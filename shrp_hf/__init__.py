@@ -9,11 +9,13 @@ from peft.utils import constants as _peft
 from shrp_hf._version import __version__
 from shrp_hf.budget import Budget
 from shrp_hf.dsp import DspCallback
+from shrp_hf.families import register_family
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
 from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
 from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
 from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
+from shrp_hf.models.layer_map import LayerMap, Part
 from shrp_hf.models.modeling_shrp_bert import (
     ShrpBertForMaskedLM,
     ShrpBertForMultipleChoice,
@@ -68,7 +70,7 @@ for _base in (ShrpBertModel, ShrpDistilBertModel, ShrpElectraModel, ShrpRobertaM
     for _auto, _path in _base.auto_classes.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-    _lora = list(dict.fromkeys(_base.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
+    _lora = list(dict.fromkeys(_config.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
     _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
 del _base, _config, _auto, _path, _lora
 
@@ -80,7 +82,9 @@ __all__ = [
     "HiesSelector",
     "HisSelector",
     "KeepPlan",
+    "LayerMap",
     "MagnitudeSelector",
+    "Part",
     "RandomSelector",
     "ShrpBertConfig",
     "ShrpBertForMaskedLM",
@@ -121,6 +125,7 @@ __all__ = [
     "masked_heads",
     "prune_heads",
     "recovery_arguments",
+    "register_family",
     "to_shrp",
     "to_stock",
 ]

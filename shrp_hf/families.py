@@ -3,33 +3,40 @@
 Scoring, masking, cutting, counting and exporting look modules up here and nowhere else.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from shrp_hf.models.built import build_config, build_model, is_shrp
+from shrp_hf.models.configuration_shrp import ShrpConfigFields
 from shrp_hf.models.layer_map import BERT_LAYER_MAP, DISTILBERT_LAYER_MAP, VIT_LAYER_MAP, LayerMap, Part
 
-FAMILIES: Mapping[str, LayerMap] = MappingProxyType(
-    {
-        "bert": BERT_LAYER_MAP,
-        "shrp_bert": BERT_LAYER_MAP,
-        "roberta": BERT_LAYER_MAP,
-        "xlm-roberta": BERT_LAYER_MAP,
-        "camembert": BERT_LAYER_MAP,
-        "shrp_roberta": BERT_LAYER_MAP,
-        "electra": BERT_LAYER_MAP,
-        "shrp_electra": BERT_LAYER_MAP,
-        "distilbert": DISTILBERT_LAYER_MAP,
-        "shrp_distilbert": DISTILBERT_LAYER_MAP,
-        "vit": VIT_LAYER_MAP,
-        "shrp_vit": VIT_LAYER_MAP,
-    }
-)
+_FAMILIES: dict[str, LayerMap] = {
+    "bert": BERT_LAYER_MAP,
+    "shrp_bert": BERT_LAYER_MAP,
+    "roberta": BERT_LAYER_MAP,
+    "xlm-roberta": BERT_LAYER_MAP,
+    "camembert": BERT_LAYER_MAP,
+    "shrp_roberta": BERT_LAYER_MAP,
+    "electra": BERT_LAYER_MAP,
+    "shrp_electra": BERT_LAYER_MAP,
+    "distilbert": DISTILBERT_LAYER_MAP,
+    "shrp_distilbert": DISTILBERT_LAYER_MAP,
+    "vit": VIT_LAYER_MAP,
+    "shrp_vit": VIT_LAYER_MAP,
+}
+FAMILIES: Mapping[str, LayerMap] = MappingProxyType(_FAMILIES)
 """Model type (`config.model_type`) to module paths."""
+
+REGISTERED: dict[type[PreTrainedModel], Any] = {}
+"""Stock class to Shrp class, of the families that were registered from outside."""
 
 _REASONS = {
     "deberta-v2": "its attention modules also hold relative-position projections per head",
@@ -144,7 +151,7 @@ def head_layout(model: PreTrainedModel) -> HeadLayout:
         layer_map=layer_map,
         layers=layers,
         num_heads=num_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        head_size=_head_size(config),
         kept=tuple(tuple(heads) for heads in kept),
         num_neurons=tuple(0 if i in expert_layers else _width(layer, layer_map) for i, layer in enumerate(layers)),
         expert_layers=tuple(sorted(expert_layers)),
@@ -194,3 +201,167 @@ def refusal(model: object) -> str:
         f"{known}. Teach shrp_hf another family by `shrp_hf.register_family({model_type!r}, LayerMap(...))`; see "
         "docs/how-to/add-a-family.md."
     )
+
+
+def register_family(
+    model_type: str,
+    layer_map: LayerMap,
+    config_class: type[PreTrainedConfig] | None = None,
+    model_classes: Sequence[type[PreTrainedModel]] | None = None,
+) -> dict[str, type[PreTrainedModel]]:
+    """Teaches scoring, masking, cutting, saving, loading and `to_stock` a family that the package does not know.
+
+    Call it once per process, also before loading what was saved. Expert layers (SHRP) are for BERT and RoBERTa only.
+
+    Args:
+        model_type: The family's `config.model_type`.
+        layer_map: Where a layer keeps its heads and neurons.
+        config_class: Its config class, or a Shrp config of your own; None: the one that `AutoConfig` knows.
+        model_classes: Its model classes, the base model first, or Shrp classes of your own; None: those that the Auto
+            classes know.
+
+    Returns:
+        The Shrp classes by name; the Auto classes know them from now on.
+
+    Raises:
+        ValueError: The family is registered already, or unknown to Transformers and not given; a path of the map is not
+            there, or a matrix cannot be divided into heads or neurons as it says. Nothing is registered then.
+
+    Example:
+        >>> register_family("ernie", BERT_LAYER_MAP)["ShrpErnieModel"]  # doctest: +SKIP
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"The family {model_type!r} is registered already: call `register_family` once per process.")
+    stock_config = config_class
+    if config_class is None:
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"`AutoConfig` knows no family {model_type!r}: give `config_class` and `model_classes`.")
+        stock_config = CONFIG_MAPPING[model_type]
+    classes = list(model_classes) if model_classes is not None else _known_classes(stock_config)
+    if not classes:
+        raise ValueError(f"The Auto classes know no model of the family {model_type!r}: give `model_classes`.")
+    found = {getattr(each.config_class, "model_type", None) for each in classes} | {stock_config.model_type}
+    if not found <= {model_type, f"shrp_{model_type}"}:
+        raise ValueError(
+            f"`config_class` and `model_classes` must be of the family {model_type!r}, got {sorted(map(str, found))}."
+        )
+    is_own = issubclass(stock_config, ShrpConfigFields)
+    shrp_config = stock_config if is_own else build_config(stock_config, layer_map)
+    _check_map(model_type, layer_map, classes[0])
+    built: dict[type[PreTrainedModel], Any] = {}
+    for stock in classes:
+        base = next(iter(built.values()), None)
+        built[stock] = stock if is_shrp(stock) else build_model(stock, shrp_config, base)
+    _FAMILIES[model_type] = _FAMILIES[shrp_config.model_type] = layer_map
+    REGISTERED.update({_stock_of(stock): shrp for stock, shrp in built.items()})
+    AutoConfig.register(shrp_config.model_type, shrp_config)
+    for auto, shrp in _auto_classes(built.values()):
+        auto.register(shrp_config, shrp, exist_ok=True)
+    return {shrp.__name__: shrp for shrp in built.values()}
+
+
+def _known_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Returns the models of a config that the Auto classes know, the base model first."""
+    autos = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModelFor")]
+    found: list[type[PreTrainedModel]] = []
+    for auto in (transformers.AutoModel, *autos):
+        mapping = getattr(auto, "_model_mapping", None)
+        known = mapping[config_class] if mapping is not None and config_class in mapping else ()
+        found += [each for each in (known if isinstance(known, tuple) else (known,)) if each not in found]
+    return found
+
+
+def _auto_classes(classes: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for i, each in enumerate(classes):
+        _, has_head, head = each.__name__.rpartition("For")
+        name = f"AutoModelFor{head}" if has_head and i else "AutoModel"
+        if hasattr(transformers, name):
+            yield getattr(transformers, name), each
+
+
+def _stock_of(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return next(each for each in model_class.__mro__ if issubclass(each, PreTrainedModel) and not is_shrp(each))
+
+
+def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrainedModel]) -> None:
+    """Looks every path of a map up in a base model without weights.
+
+    Raises:
+        ValueError: Names the field, what it says and what there is.
+    """
+    config = base_class.config_class()
+    with torch.device("meta"):
+        base = base_class(config).base_model
+    layers = _module(model_type, "layers", base, layer_map.layers)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(
+            f"`layers` of the layer map of {model_type!r} must name a ModuleList, but {layer_map.layers!r} is a "
+            f"{type(layers).__name__}."
+        )
+    layer = layers[-1]  # the first one of some families lacks a norm
+    attention = _module(model_type, "attention", layer, layer_map.attention)
+    for name, owner in (("head_count", attention), ("head_width", attention), ("activation", layer)):
+        attribute = getattr(layer_map, name)
+        if attribute is not None and not _has(owner, attribute):
+            raise ValueError(
+                f"`{name}` of the layer map of {model_type!r} names {attribute!r}, but {type(owner).__name__} has no such "
+                "attribute: give the right one, or None."
+            )
+    if layer_map.head_bias is not None and layer_map.head_bias not in inspect.signature(attention.forward).parameters:
+        raise ValueError(
+            f"`head_bias` of the layer map of {model_type!r} names {layer_map.head_bias!r}, but the forward of "
+            f"{type(attention).__name__} has no such argument."
+        )
+    for name, paths in (("after_heads", layer_map.after_heads), ("residual_norm", (layer_map.residual_norm,))):
+        for path in filter(None, paths):
+            _module(model_type, name, layer, path)
+            if not path.startswith(f"{layer_map.attention}."):
+                raise ValueError(
+                    f"`{name}` of the layer map of {model_type!r} names {path!r}, which is not inside its `attention` "
+                    f"{layer_map.attention!r}."
+                )
+    head_width = config.num_attention_heads * _head_size(config)
+    _check_matrices(model_type, layer_map, layer, "heads", head_width)
+    _check_matrices(model_type, layer_map, layer, "neurons", getattr(config, layer_map.ffn_width, None))
+
+
+def _check_matrices(model_type: str, layer_map: LayerMap, layer: nn.Module, kind: str, width: int | None) -> None:
+    if width is None:
+        raise ValueError(
+            f"`ffn_width` of the layer map of {model_type!r} names {layer_map.ffn_width!r}, but the config has no such field."
+        )
+    parts, output = getattr(layer_map, f"{kind}_in"), getattr(layer_map, f"{kind}_out")
+    for part in parts:
+        weight = _module(model_type, f"{kind}_in", layer, part.path).weight
+        if len(weight) != width * part.blocks:
+            raise ValueError(
+                f"`{kind}_in` of the layer map of {model_type!r} says {part.blocks} block(s) of {width} rows for "
+                f"{part.path!r}, but it has {len(weight)} rows."
+            )
+    columns = _module(model_type, f"{kind}_out", layer, output).weight.shape[1]
+    if columns != width:
+        raise ValueError(
+            f"`{kind}_out` of the layer map of {model_type!r} needs {width} columns in {output!r}, but it has {columns}."
+        )
+
+
+def _has(owner: object, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
+
+
+def _module(model_type: str, field: str, parent: nn.Module, path: str) -> Any:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"`{field}` of the layer map of {model_type!r} names {path!r}, but {type(parent).__name__} has no such module: "
+            f"it has {', '.join(name for name, _ in parent.named_modules() if name)[:300]}."
+        ) from error
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

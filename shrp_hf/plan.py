@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Self, TypeGuard, cast
 
 from shrp_hf.files import written_whole
 
@@ -66,8 +66,8 @@ class KeepPlan:
         object.__setattr__(self, "num_neurons", counts)
 
     def _checked_counts(self) -> tuple[int, ...]:
-        counts = self.num_neurons
-        counts = (counts,) * len(self.kept) if _is_count(counts) else counts
+        given: Any = self.num_neurons
+        counts = (given,) * len(self.kept) if _is_count(given) else given
         is_listed = isinstance(counts, Sequence) and not isinstance(counts, str) and len(counts) == len(self.kept)
         if not is_listed or any(not _is_count(count) or count < 0 for count in counts):
             raise ValueError(
@@ -98,7 +98,7 @@ class KeepPlan:
             neurons: As in `KeepPlan`.
             num_neurons: As in `KeepPlan`.
         """
-        return replace(self, neurons=neurons, num_neurons=num_neurons)
+        return type(self)(self.kept, self.num_heads, neurons, num_neurons)  # type: ignore[arg-type]  # checked there
 
     def then(self, other: "KeepPlan") -> Self:
         """Returns the plan that cuts at once what this one and then `other`, a plan for what this one leaves, cut.
@@ -122,11 +122,10 @@ class KeepPlan:
         if self.neurons is None:
             return replace(self, kept=other.kept, neurons=other.neurons, num_neurons=other.num_neurons)
         composed = []
+        counts = cast(tuple[int, ...], other.num_neurons)
         for layer, (then, now) in enumerate(zip(other.neurons, self.neurons, strict=True)):
-            if then and other.num_neurons[layer] != len(now):
-                raise ValueError(
-                    f"`other` counts {other.num_neurons[layer]} neurons in layer {layer}, but this plan leaves {len(now)}."
-                )
+            if then and counts[layer] != len(now):
+                raise ValueError(f"`other` counts {counts[layer]} neurons in layer {layer}, but this plan leaves {len(now)}.")
             composed.append(tuple(now[index] for index in then))
         return replace(self, kept=other.kept, neurons=tuple(composed))
 
@@ -187,9 +186,7 @@ def _checked(name: str, layer: int, indices: Iterable[int], count: int) -> tuple
     indices = tuple(indices)
     for index in indices:
         if not _is_count(index) or not 0 <= index < count:
-            raise ValueError(
-                f"`{name}[{layer}]` names {kind} {index!r}, but {kind}s are whole numbers from 0 to {count - 1}."
-            )
+            raise ValueError(f"`{name}[{layer}]` names {kind} {index!r}, but {kind}s are whole numbers from 0 to {count - 1}.")
     if len(set(indices)) != len(indices):
         repeated = next(index for index in indices if indices.count(index) > 1)
         shown = indices if len(indices) <= 32 else f"{repeated}, among {len(indices)}"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from shrp_hf.families import FAMILIES, HeadLayout, head_layout, refusal
+from shrp_hf.families import FAMILIES, REGISTERED, HeadLayout, head_layout, refusal
 from shrp_hf.models import (
     modeling_shrp_bert,
     modeling_shrp_distilbert,
@@ -19,7 +19,7 @@ from shrp_hf.models import (
     modeling_shrp_vit,
 )
 from shrp_hf.models.layer_map import row_index
-from shrp_hf.models.modeling_shrp import ShrpModelMixin, take_weights_
+from shrp_hf.models.modeling_shrp import ShrpModelMixin, pooler_options, take_weights_
 from shrp_hf.models.slicing import OutputMeans, head_columns, heads_to_keep, neurons_to_keep
 from shrp_hf.plan import KeepPlan
 
@@ -43,12 +43,18 @@ def to_shrp(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(model, ShrpModelMixin):
         return model
     _check_family(model)
+    if type(model) in REGISTERED:
+        return REGISTERED[type(model)].from_stock(model)
     name = type(model).__name__
     if model.config.model_type in _ROBERTAS:
         name = name.replace(_ROBERTAS[model.config.model_type], "Roberta")
     for module in _SHRP_MODULES:
         if hasattr(module, f"Shrp{name}"):
             return getattr(module, f"Shrp{name}").from_stock(model)
+    if model.config.model_type in {stock.config_class.model_type for stock in REGISTERED}:
+        raise ValueError(
+            f"`{name}` has no Shrp class: give it in `register_family({model.config.model_type!r}, ..., model_classes=[...])`."
+        )
     names = {key for module in _SHRP_MODULES for key in vars(module) if key.startswith("Shrp")}
     supported = sorted(key.removeprefix("Shrp") for key in names if "For" in key or key.endswith("Model"))
     raise ValueError(f"`{type(model).__name__}` has no Shrp class; supported are {', '.join(supported)}.")
@@ -182,8 +188,8 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
         )
     if config.output_bias:
         raise ValueError(
-            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in the "
-            "stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
+            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
+            "the stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
         )
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
     widths = [config.num_neurons_of(i) for i in range(config.num_hidden_layers)]
@@ -194,14 +200,13 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
     ours |= {"auto_map", "model_type"}
     fields = {name: value for name, value in config.to_dict().items() if name not in ours}
     if compact:
-        fields |= {config.ffn_width_field: widths[0]}
+        fields |= {config.layer_map.ffn_width: widths[0]}
         if len(kept[0]) < config.num_attention_heads:
             fields |= {"num_attention_heads": len(kept[0]), "head_dim": config.head_size}
     stock_config = stock_class.config_class.from_dict(fields)
     stock_config._attn_implementation = config._attn_implementation
-    options = {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
     with init.no_init_weights():
-        stock = stock_class(stock_config, **options)
+        stock = stock_class(stock_config, **pooler_options(model, stock_class))
     source = copy.deepcopy(model)
     weights = dict(source.state_dict(keep_vars=True))
     if not compact:
@@ -221,7 +226,7 @@ def _check_family(model: object) -> None:
 
 
 def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    own = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
+    own = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ShrpModelMixin))
     prefix = _ROBERTAS.get(getattr(model.config, "stock_model_type", None))
     return own if prefix is None else getattr(transformers, own.__name__.replace("Roberta", prefix))
 

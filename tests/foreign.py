@@ -20,7 +20,7 @@ def foreign_model(family: str) -> PreTrainedModel:
 
 def refusal(family: str) -> str:
     return (
-        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. Supported: "
-        "bert, camembert, distilbert, electra, roberta, vit, xlm-roberta. Teach shrp_hf another family by "
+        f"`model` is of type '{family}', and no layer map says where its heads and neurons are{FOREIGN[family][2]}. "
+        "Supported: bert, camembert, distilbert, electra, roberta, vit, xlm-roberta. Teach shrp_hf another family by "
         f"`shrp_hf.register_family('{family}', LayerMap(...))`; see docs/how-to/add-a-family.md."
     )

@@ -95,6 +95,18 @@ def test_no_heads_removed_by_transformers_4(removed):
     assert ShrpBertConfig(**SIZES, pruned_heads=removed).kept_heads is None
 
 
+def test_format_is_the_lowest_that_can_say_it():
+    assert ShrpBertConfig(**SIZES).format_version == 1
+    assert ShrpBertConfig(**SIZES, format_version=2, kept_heads=[[0], [1], []]).format_version == 1
+    assert ShrpBertConfig(**SIZES, intermediate_sizes=[64, 0, 3]).format_version == 2
+    assert ShrpBertConfig(**SIZES, output_bias=True).format_version == 2
+
+
+def test_distilbert_may_carry_the_name_that_others_give_its_width():
+    config = shrp_hf.ShrpDistilBertConfig(hidden_dim=48, intermediate_size=7, intermediate_sizes=[48] * 5 + [1])
+    assert [config.num_neurons_of(i) for i in (0, 5)] == [48, 1]
+
+
 def test_unknown_field_of_somebody_else_is_kept():
     config = ShrpBertConfig(**SIZES, position_embedding_type="absolute", gradient_checkpointing=False, finetuned_by="me")
     assert (config.finetuned_by, config.to_dict()["position_embedding_type"]) == ("me", "absolute")
@@ -111,6 +123,8 @@ def test_unknown_field_of_somebody_else_is_kept():
         ("router_poling", "router_pooling"),
         ("router_aux_loss_coeff", "router_aux_loss_coef"),
         ("format_versions", "format_version"),
+        ("intermediate_siz", "intermediate_sizes"),
+        ("output_biases", "output_bias"),
     ],
 )
 def test_field_that_is_nearly_ours_is_refused(typed, meant):
@@ -195,6 +209,26 @@ def test_field_that_is_nearly_ours_is_refused(typed, meant):
             {"format_version": 3},
             "`format_version` is 3, but this code reads versions up to 2: install a newer shrp_hf.",
             id="newer format",
+        ),
+        pytest.param(
+            {"intermediate_sizes": [64, 64]},
+            "`intermediate_sizes` describes 2 layers, but the model has 3.",
+            id="widths of other layers",
+        ),
+        pytest.param(
+            {"intermediate_sizes": [64, 65, 0]},
+            "`intermediate_sizes[1]` must be from 0 to 64 (`intermediate_size`), got 65.",
+            id="too wide",
+        ),
+        pytest.param(
+            {"intermediate_sizes": [64, 1, -1]},
+            "`intermediate_sizes[2]` must be from 0 to 64 (`intermediate_size`), got -1.",
+            id="width below nothing",
+        ),
+        pytest.param(
+            {"intermediate_sizes": [64, 64, 64], "expert_layers": [1]},
+            "`intermediate_sizes[1]` is 64, but layer 1 is an expert layer, which has no FFN: set it to 0.",
+            id="width of an expert layer",
         ),
         pytest.param({"format_version": 0}, "`format_version` must be at least 1, got 0.", id="no format"),
         pytest.param(

@@ -1,5 +1,6 @@
 """Files that are damaged, mixed or of another family are refused, and left as they are."""
 
+import json
 import re
 import shutil
 
@@ -88,6 +89,24 @@ def test_misshapen_weights_are_refused(options, tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem", "name"),
+    [
+        ([5, 64, 0], "3 encoder weights are mismatched", "bert.encoder.layer.0.intermediate.dense.bias"),
+        ([0, 64, 0], "3 encoder weights are unexpected", "bert.encoder.layer.0.intermediate.dense.bias"),
+        ([4, 64, 3], "3 encoder weights are missing", "bert.encoder.layer.2.intermediate.dense.bias"),
+    ],
+)
+def test_widths_that_contradict_the_weights_are_refused(sizes, problem, name, tmp_path):
+    prune_heads(tiny_bert(), KeepPlan.full(3, 4).with_neurons(((0, 1, 2, 3), range(64), ()), 64)).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["intermediate_sizes"] == [4, 64, 0]
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"intermediate_sizes": sizes}))
+    message = f"does not fit its config: {problem}, the first is `{name}` (`intermediate_sizes[{name[19]}]` is"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_config_of_another_model_is_refused(tmp_path):

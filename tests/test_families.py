@@ -327,8 +327,11 @@ def test_family_without_expert_layers_says_so(written, family):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         type(shrp.config)(**TABLE[family][1], expert_layers=[1])
-    message = f"^`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.$"
-    with pytest.raises(ValueError, match=message):
+    message = (
+        f"`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and neurons "
+        "instead (`prune_heads`)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         type(shrp).from_pretrained(written / family / "stock", expert_layers=1)
 
 

@@ -26,7 +26,7 @@ def reference(model, found):
     layout = head_layout(model)
     importance = [torch.zeros(n, dtype=torch.float64) for n in layout.num_neurons]
     means = [[torch.zeros_like(n) for n in importance], [torch.zeros(len(k) * 8, dtype=torch.float64) for k in layout.kept]]
-    samples = [{name: value[i : i + 1] for name, value in batch.items()} for batch in found for i in range(len(batch["labels"]))]
+    samples = [{k: value[i : i + 1] for k, value in batch.items()} for batch in found for i in range(len(batch["labels"]))]
     tokens = 0
     for sample in samples:
         masks, seen, handles = [], {}, []
@@ -35,7 +35,7 @@ def reference(model, found):
             masks.append(torch.ones(layout.num_neurons[layer], dtype=torch.float64, requires_grad=True))
             for kind, module in enumerate((layout.neurons_out(layer), layout.output(layer))):
 
-                def keep(_, given, layer=layer, kind=kind):
+                def keep(_, given, layer=layer, kind=kind, masks=masks, seen=seen):
                     seen[kind, layer] = given[0].detach()
                     return (given[0] * masks[layer],) if kind == 0 else None
 

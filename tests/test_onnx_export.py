@@ -25,19 +25,23 @@ onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntim
 WORDS = sorted({word for text in SENTENCES for word in text.lower().replace(".", " ").split() if word.isalpha()})
 HALF, HOLED = KeepPlan(((0, 3), (1,), (0, 2)), 4), KeepPlan(((0, 3), (), (1, 2)), 4)
 STATIC = KeepPlan(((0, 1, 2, 3), (1,), (2,)), 4)
-KINDS = ("stock", "half", "holed", "routed", "two of several", "one expert", "experts", "experts, holed")
+THIN = KeepPlan(((0, 3), (), (0, 1, 2)), 4, (tuple(range(9)), (), (1,)), 64)
+KINDS = ("stock", "half", "holed", "thin", "routed", "two of several", "one expert", "experts", "experts, holed")
 QUICK = [
     ("bert", "MultipleChoice", "one expert"),
     ("bert", "", "routed"),
     ("roberta", "TokenClassification", "experts, holed"),
     ("distilbert", "QuestionAnswering", "half"),
     ("vit", "ImageClassification", "holed"),
+    ("bert", "SequenceClassification", "thin"),
+    ("distilbert", "", "thin"),
+    ("vit", "", "thin"),
 ]
 ALL = [
     (family, head, kind)
     for family, head in [*CASES, *((family, "") for family in TABLE)]
     for kind in KINDS
-    if KINDS.index(kind) < 3 or family not in WITHOUT_EXPERTS
+    if KINDS.index(kind) < 4 or family not in WITHOUT_EXPERTS
 ]
 
 
@@ -45,8 +49,8 @@ def built(family, head, kind):
     model = stock(family, head, torch.float32)
     if kind == "stock":
         return model
-    if kind in ("half", "holed"):
-        return prune_heads(model, HALF if kind == "half" else HOLED)
+    if kind in ("half", "holed", "thin"):
+        return prune_heads(model, {"half": HALF, "holed": HOLED, "thin": THIN}[kind])
     model = to_shrp(model)
     if kind == "two of several":
         model.config.experts_per_sequence, model.config.router_pooling = 2, "cls"

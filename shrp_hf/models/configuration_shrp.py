@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers.activations import ACT2FN
 
+from .layer_map import BERT_LAYER_MAP, LayerMap
+
 FORMAT_VERSION = 2
 MAX_EXPERTS_PER_SEQUENCE = 5  # the paper compares Top-1, Top-3 and Top-5
 # Far above what exists; a damaged file must not make a machine build layers, or claim memory, without end.
@@ -51,7 +53,7 @@ class ShrpConfigFields:
 
     stock_model_types: ClassVar[tuple[str, ...]] = ()
     has_expert_layers: ClassVar[bool] = True
-    ffn_width_field: ClassVar[str] = "intermediate_size"
+    layer_map: ClassVar[LayerMap] = BERT_LAYER_MAP
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "task_loss", "balance_loss"]
 
     expert_layers: list[int] = field(default_factory=list)
@@ -149,7 +151,7 @@ class ShrpConfigFields:
     @property
     def ffn_width(self) -> int:
         """Neurons of a whole FFN."""
-        return getattr(self, self.ffn_width_field)
+        return getattr(self, self.layer_map.ffn_width)
 
     @property
     def head_size(self) -> int:
@@ -260,7 +262,7 @@ class ShrpConfigFields:
         for layer, size in enumerate(sizes):
             if isinstance(size, bool) or not 0 <= size <= width:
                 raise ValueError(
-                    f"`intermediate_sizes[{layer}]` must be from 0 to {width} (`{self.ffn_width_field}`), got {size}."
+                    f"`intermediate_sizes[{layer}]` must be from 0 to {width} (`{self.layer_map.ffn_width}`), got {size}."
                 )
             if size and layer in self.expert_layers and layer not in self.pending_layers:
                 raise ValueError(

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import DistilBertConfig
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import DISTILBERT_LAYER_MAP, LayerMap
 
 
 @strict
@@ -18,4 +19,4 @@ class ShrpDistilBertConfig(ShrpConfigFields, DistilBertConfig):
     model_type = "shrp_distilbert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
     has_expert_layers: ClassVar[bool] = False
-    ffn_width_field: ClassVar[str] = "hidden_dim"
+    layer_map: ClassVar[LayerMap] = DISTILBERT_LAYER_MAP

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_shrp import ShrpConfigFields
+from .layer_map import VIT_LAYER_MAP, LayerMap
 
 
 @strict
@@ -18,6 +19,7 @@ class ShrpViTConfig(ShrpConfigFields, ViTConfig):
     model_type = "shrp_vit"
     stock_model_types: ClassVar[tuple[str, ...]] = ("vit",)
     has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = VIT_LAYER_MAP
 
     @property
     def head_size(self) -> int:

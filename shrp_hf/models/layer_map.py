@@ -39,6 +39,7 @@ class LayerMap:
         neurons_in: The first FFN matrix, one row per neuron; two where both share an index (GLU), the one that goes through
             the activation first.
         neurons_out: The second FFN matrix, one column per neuron.
+        ffn_width: The field of the config with the neurons of a whole FFN.
         activation: What makes a neuron's activation of its row's output (of the first, times the second, in a GLU). Known, it
             is computed again where scoring needs it; None: what it made is held from the forward to the backward pass.
         head_count: The attribute of the attention module that holds its number of heads; None where it has none.
@@ -57,6 +58,7 @@ class LayerMap:
     heads_out: str
     neurons_in: tuple[Part, ...]
     neurons_out: str
+    ffn_width: str = "intermediate_size"
     activation: str | None = None
     head_count: str | None = "num_attention_heads"
     head_width: str | None = None
@@ -116,6 +118,7 @@ DISTILBERT_LAYER_MAP = LayerMap(
     heads_out="attention.out_lin",
     neurons_in=(Part("ffn.lin1"),),
     neurons_out="ffn.lin2",
+    ffn_width="hidden_dim",
     activation="ffn.activation",
     head_count="n_heads",
     is_plain=True,

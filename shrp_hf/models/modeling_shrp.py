@@ -1,5 +1,6 @@
 """What the Shrp models of all families share: building from the config, converting, pruning, loading and saving."""
 
+import inspect
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .expert_layer import EXPANDER_GAIN, Expander, ExpertLayer, Router
 from .pruning import PrunedLayersMixin
 from .safe_weights import SafeWeightsMixin
+from .slicing import BiasOnly, FirstColumns
 
 TEXT_HEADS = ("MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 
@@ -26,6 +28,7 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {}
+    has_code: ClassVar[bool] = True
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
@@ -42,7 +45,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not any(isinstance(child, FirstColumns | BiasOnly) for child in module.children()):
+            super()._init_weights(module)  # which some families do through the weights of a module's children
         if isinstance(module, Router):
             module.reset_parameters(self.config.initializer_range)
         elif isinstance(module, Expander):
@@ -82,7 +86,10 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     def _layers_to_convert(self, layers: int | Sequence[int]) -> list[int]:
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
-            raise ValueError(f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP.")
+            raise ValueError(
+                f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
+                "neurons instead (`prune_heads`)."
+            )
         layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):
             raise ValueError(
@@ -163,9 +170,8 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
         # Transformers 5 ignores this field: the weights of a stock model are whole.
         config = cls.config_class.from_dict({**fields, "pruned_heads": None})
         config._attn_implementation = model.config._attn_implementation
-        options = {} if getattr(model, "pooler", True) is not None else {"add_pooling_layer": False}
         with init.no_init_weights():
-            wrapped = cls(config, **options)
+            wrapped = cls(config, **pooler_options(model, type(model)))
         take_weights_(wrapped, model, model.state_dict(keep_vars=True))
         return wrapped.train(model.training)
 
@@ -228,20 +234,33 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
                 name
                 for name in (key if isinstance(key, str) else key[0] for key in keys)
                 # Old files carry buffers of the embeddings that nobody expects any more: those are no damage.
-                if (f"{self.layer_map.layers}." in name and not self._is_left_empty(name)) or name.removeprefix(prefix) in own
+                if (f"{self.config.layer_map.layers}." in name and not self._is_left_empty(name))
+                or name.removeprefix(prefix) in own
             )
             if names:
                 raise ValueError(
                     f"`{load_config.pretrained_model_name_or_path}` does not fit its config: {len(names)} encoder weights are "
-                    f"{problem}, the first is `{names[0]}`. The files are damaged or were mixed: download or save them again."
+                    f"{problem}, the first is `{names[0]}`{self._said_of(names[0])}. The files are damaged or were mixed: "
+                    "download or save them again."
                 )
 
     def _is_left_empty(self, name: str) -> bool:
         """Whether a weight belongs to the attention of a layer without heads; Transformers 4 saved it, with no rows."""
-        layer, _, path = name.partition(f"{self.layer_map.layers}.")[2].partition(".")
-        paths = self.layer_map.head_paths
+        layer, path = self._place_of(name)
         silent = {str(i) for i in range(self.config.num_hidden_layers) if not self.config.heads_of(i)}
-        return layer in silent and path.rpartition(".")[0] in paths
+        return layer in silent and path in self.config.layer_map.head_paths
+
+    def _said_of(self, name: str) -> str:
+        """What the config says about the neurons of a weight, if it has any."""
+        layer, path = self._place_of(name)
+        if self.config.intermediate_sizes is None or path not in self.config.layer_map.neuron_paths:
+            return ""
+        return f" (`intermediate_sizes[{layer}]` is {self.config.intermediate_sizes[int(layer)]})"
+
+    def _place_of(self, name: str) -> tuple[str, str]:
+        """Index of the layer, and path of the module within it, of a weight."""
+        layer, _, path = name.partition(f"{self.config.layer_map.layers}.")[2].partition(".")
+        return layer, path.rpartition(".")[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
         """Saves as Transformers does, but whole or not at all: written beside the target, then moved there.
@@ -298,6 +317,12 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
             del self._ships_code
 
     def _write_code(self, folder: Path) -> None:
+        if not self.has_code:
+            raise ValueError(
+                f"`with_code=True` needs a modeling file, but `{type(self).__name__}` was built by `register_family`: save "
+                "without code, and call `register_family` where it is loaded; or write the class in a file, and give it in "
+                "`model_classes`."
+            )
         source = Path(sys.modules[type(self).__module__].__file__)
         for path in [source, *map(Path, get_relative_import_files(source))]:
             shutil.copyfile(path, folder / path.name)
@@ -321,8 +346,8 @@ class ShrpHeadMixin(ShrpModelMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         stock = getattr(self, self.base_model_prefix)
-        options = {"add_pooling_layer": False} if getattr(stock, "pooler", True) is None else {}
-        setattr(self, self.base_model_prefix, self.base_model_class(config, **options))
+        base = self.base_model_class(config, **pooler_options(stock, type(stock)))
+        setattr(self, self.base_model_prefix, base)
         self.post_init()
 
 
@@ -341,6 +366,12 @@ def _write_auto_map(folder: Path, classes: Mapping[str, str] | None) -> None:
         return
     config |= {"auto_map": dict(classes)} if classes else {}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pooler_options(model: PreTrainedModel, stock_class: type[PreTrainedModel]) -> dict[str, bool]:
+    """Returns the arguments with which `stock_class` is built with a pooler if `model` has one, and else without."""
+    has_option = "add_pooling_layer" in inspect.signature(stock_class.__init__).parameters
+    return {"add_pooling_layer": model.pooler is not None} if has_option and hasattr(model, "pooler") else {}
 
 
 def take_weights_(target: nn.Module, source: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -14,7 +14,6 @@ from transformers import (
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
 
 from .configuration_shrp_distilbert import ShrpDistilBertConfig
-from .layer_map import DISTILBERT_LAYER_MAP
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .slicing import SilentAttention
 
@@ -24,7 +23,6 @@ class ShrpDistilBertMixin(ShrpModelMixin):
 
     config: ShrpDistilBertConfig
     config_class = ShrpDistilBertConfig
-    layer_map = DISTILBERT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {
         "hidden_states": TransformerBlock,
         "attentions": [DistilBertSelfAttention, SilentAttention],

@@ -11,7 +11,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from .configuration_shrp_vit import ShrpViTConfig
-from .layer_map import VIT_LAYER_MAP
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .slicing import SilentAttention
 
@@ -24,7 +23,6 @@ class ShrpViTMixin(ShrpModelMixin):
 
     config: ShrpViTConfig
     config_class = ShrpViTConfig
-    layer_map = VIT_LAYER_MAP
     _can_record_outputs: ClassVar[dict] = {"hidden_states": ViTLayer, "attentions": [ViTAttention, SilentAttention]}
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("ViT", "ImageClassification")
 

@@ -1,19 +1,17 @@
 """Layers as the config describes them, and the cut that makes them smaller; part of every Shrp model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from .expert_layer import ExpertLayer
-from .layer_map import BERT_LAYER_MAP, LayerMap
 from .slicing import OutputMeans, add_output_biases_, heads_to_keep, keep_heads_, keep_neurons_, neurons_to_keep
 
 
 class PrunedLayersMixin:
     """Builds layers of any width, and cuts heads and neurons out. Mixed in before a Transformers class."""
 
-    layer_map: ClassVar[LayerMap] = BERT_LAYER_MAP
     config: Any
     base_model: Any
 
@@ -21,7 +19,7 @@ class PrunedLayersMixin:
     def layers(self) -> nn.ModuleList:
         """The encoder's layers."""
         module = self.base_model
-        for name in self.layer_map.layers.split("."):
+        for name in self.config.layer_map.layers.split("."):
             module = module._modules[name]  # no attribute access: where ViT has its layers, it would end here again
         return module
 
@@ -34,10 +32,10 @@ class PrunedLayersMixin:
             kept = config.heads_of(i)
             is_pending = i in config.pending_layers
             if i not in config.expert_layers or is_pending:
-                keep_heads_(stock, self.layer_map, range(config.num_attention_heads), kept, config)
-                keep_neurons_(stock, self.layer_map, range(config.num_neurons_of(i)))
+                keep_heads_(stock, self.config.layer_map, range(config.num_attention_heads), kept, config)
+                keep_neurons_(stock, self.config.layer_map, range(config.num_neurons_of(i)))
                 if config.output_bias:
-                    add_output_biases_(stock, self.layer_map)
+                    add_output_biases_(stock, self.config.layer_map)
             if i in config.expert_layers or is_pending:
                 layers[i] = ExpertLayer(config, i, stock)
                 if not config.routed:
@@ -69,7 +67,7 @@ class PrunedLayersMixin:
         target = heads_to_keep(plan, present, config.num_attention_heads, config.expert_layers)
         neurons = neurons_to_keep(plan, widths, config.expert_layers)
         means = self._means_of_layers(output_means, present, widths)
-        if output_means is not None and any([add_output_biases_(self.layers[i], self.layer_map) for i in means]):
+        if output_means is not None and any([add_output_biases_(self.layers[i], self.config.layer_map) for i in means]):
             config.output_bias = True
         for i, layer in enumerate(self.layers):
             if i in config.expert_layers:
@@ -77,9 +75,9 @@ class PrunedLayersMixin:
                     layer.keep_experts_([present[i].index(head) for head in target[i]])
                 continue
             head_means, neuron_means = means.get(i, (None, None))
-            keep_heads_(layer, self.layer_map, present[i], target[i], config, head_means)
+            keep_heads_(layer, self.config.layer_map, present[i], target[i], config, head_means)
             if neurons is not None:
-                keep_neurons_(layer, self.layer_map, neurons[i], neuron_means)
+                keep_neurons_(layer, self.config.layer_map, neurons[i], neuron_means)
         if by_plan and config.expert_layers:
             config.routed = False
         is_full = all(len(heads) == config.num_attention_heads for heads in target)

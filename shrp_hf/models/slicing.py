@@ -94,9 +94,7 @@ class SilentAttention(nn.Module):
         residual_norm: Name of the last of the steps where that takes what came so far plus the attention's input.
     """
 
-    def __init__(
-        self, config: object, steps: Mapping[str, nn.Module] | None = None, residual_norm: str | None = None
-    ) -> None:
+    def __init__(self, config: object, steps: Mapping[str, nn.Module] | None = None, residual_norm: str | None = None) -> None:
         super().__init__()
         self.config = config
         self.steps = tuple(steps or ())
@@ -201,9 +199,7 @@ def keep_heads_(
         _take_own_bias_(attention, layer_map.head_bias, kept)
 
 
-def keep_neurons_(
-    layer: nn.Module, layer_map: LayerMap, positions: Sequence[int], means: torch.Tensor | None = None
-) -> None:
+def keep_neurons_(layer: nn.Module, layer_map: LayerMap, positions: Sequence[int], means: torch.Tensor | None = None) -> None:
     """Cuts an ordinary layer down to the FFN neurons at `positions`, counted among those that it has now.
 
     A layer that keeps none gets an explicit skip that equals masking: its FFN adds the bias of the second matrix only.
@@ -340,9 +336,7 @@ def _left_by_removal(removed: Mapping, present: Sequence[Sequence[int]], expert_
     return left
 
 
-def neurons_to_keep(
-    plan: object, widths: Sequence[int], expert_layers: Sequence[int] = ()
-) -> list[list[int]] | None:
+def neurons_to_keep(plan: object, widths: Sequence[int], expert_layers: Sequence[int] = ()) -> list[list[int]] | None:
     """Reads the neurons of a plan for a model whose layers have FFNs of these widths.
 
     Args:
