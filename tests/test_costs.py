@@ -257,6 +257,13 @@ def test_the_ladder_has_the_layers_that_were_asked_for_and_every_one_is_timed(bu
     assert min(seconds) > 0
 
 
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_the_ladder_has_a_pooler_where_the_model_has_one(has_pooler):
+    config = tiny_bert().config
+    ladder = build_ladder(BertModel(config, add_pooling_layer=has_pooler), [(1, 8)])
+    assert (ladder.pooler is not None) == has_pooler
+
+
 @pytest.mark.parametrize(("build", "int8"), [(vit, False), (static_experts, True)], ids=["float32", "int8"])
 def test_the_parts_of_the_ladder_in_onnx_say_together_what_pytorch_says(build, int8, tmp_path):
     pytest.importorskip("onnxruntime")

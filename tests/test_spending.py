@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from tiny import batch, tiny_bert, tiny_routed
 
 from shrp_hf.benchmark import count_flops
 from shrp_hf.budget import Budget, Serving
-from shrp_hf.costs import CostTable, flop_table, parameter_table
+from shrp_hf.costs import CostTable, flop_table, measured, parameter_table
+from shrp_hf.environment import environment
 from shrp_hf.families import head_layout
 from shrp_hf.head_stats import StatsRequest, collect_head_stats, neuron_magnitude, weight_magnitude
 from shrp_hf.plan import KeepPlan
@@ -227,6 +229,16 @@ def test_a_target_below_what_is_reachable_names_the_best_before_anything_is_scor
 def test_bad_input_is_refused(build, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+def test_a_table_of_another_machine_is_used_where_it_is_named_and_said_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(measured.logger, "warning_once", said.append)
+    for machine in (environment()["machine"], "64 x another processor"):
+        table = replace(SECONDS, about={"machine": machine})
+        MagnitudeSelector(budget=Budget.speedup(1.5, table=table), neuron_step=16).select(tiny_bert())
+    assert len(said) == 1
+    assert "was measured on another machine (64 x another processor)" in said[0]
 
 
 def test_tables_agree_with_what_a_budget_of_their_kind_counts():

@@ -16,6 +16,9 @@ from shrp_hf.surgery import prune_heads
 def parameter_table(model: PreTrainedModel) -> CostTable:
     """Counts the parameters of a head, of a neuron, and of everything else, task head and expert layers included.
 
+    Args:
+        model: A supported encoder.
+
     Raises:
         ValueError: The family is not supported.
     """

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from shrp_hf.families import head_layout
+from shrp_hf.models.built import is_shrp
+from shrp_hf.models.modeling_shrp import pooler_options
 from shrp_hf.surgery import to_shrp
 
 Clock = Callable[[], list[float]]
@@ -43,9 +45,9 @@ def build_ladder(model: PreTrainedModel, layers: Sequence[tuple[int, int]], expe
     kinds = getattr(config, "layer_types", None)
     if kinds:  # windowed or full attention: the kind that most layers have
         config.layer_types = [max(set(kinds), key=kinds.count)] * config.num_hidden_layers
-    options = {"add_pooling_layer": False} if getattr(source, "pooler", True) is None else {}
+    stock = next(c for c in type(source).__mro__ if issubclass(c, PreTrainedModel) and not is_shrp(c))
     with init.no_init_weights():
-        ladder = type(source)(config, **options)
+        ladder = type(source)(config, **pooler_options(source, stock))
     ladder = ladder.to(model.device, model.dtype)
     generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():

@@ -30,6 +30,7 @@ _MOST_HEAD_COUNTS = 17
 _WARMUP_CALLS = 2
 _MIN_CALLS, _MAX_CALLS = 7, 50
 _SECONDS = 10.0
+logger = logging.get_logger(__name__)
 
 
 def latency_table(
@@ -80,6 +81,17 @@ def latency_table(
     table = _measured(model, layout, at, about, progress)
     table.to_json(path)
     return table
+
+
+def warn_of_another_machine(table: CostTable) -> None:
+    """Says so, once for each, where a table was measured on another machine than this one.
+
+    Args:
+        table: A table that the caller was handed.
+    """
+    here, there = environment()["machine"], table.about.get("machine")
+    if there not in (None, here):
+        logger.warning_once(f"The table of times was measured on another machine ({there}) than this one ({here}).")
 
 
 def _about(model: PreTrainedModel, layout: HeadLayout, at: Serving, num_threads: int) -> dict[str, Any]:

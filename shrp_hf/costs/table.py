@@ -96,7 +96,11 @@ class CostTable:
         return self.fixed + ordinary + sum(map(self.experts_of, experts))
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the table to a file, to a temporary name, then moved."""
+        """Writes the table to a file, to a temporary name, then moved.
+
+        Args:
+            path: The file.
+        """
         with written_whole(path) as partial:
             partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.budget import Budget
-from shrp_hf.costs import NEURON_STEP, CostTable, flop_table, latency_table, parameter_table
+from shrp_hf.costs import CostTable, flop_table, latency_table, parameter_table
+from shrp_hf.costs.measured import NEURON_STEP, warn_of_another_machine
 from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, scored_heads
 from shrp_hf.plan import KeepPlan
@@ -236,6 +237,7 @@ class Selector(ABC):
         self._tables = {}
         if self._is_priced(self.budget):
             spending, limit = self._spending(choice, self.budget)
+            warn_of_another_machine(spending.table)
             spending.check(limit)
         return choice
 
