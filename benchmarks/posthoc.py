@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.foundation import BUSY_SPREAD, Target, environment
+from shrp_hf.benchmark import peak_memory
 from shrp_hf.budget import KNEE_DEGREES, KneeNotFoundError, find_knee
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_similarity
@@ -26,6 +27,7 @@ The exit code is 1 when a target is missed. Let the machine do nothing else mean
 NUM_CLASSES = 5
 HIES = StatsRequest(importance=True, entropy=True)
 SIGNATURES = StatsRequest(signature_size=32)
+HEADS, NEURONS = StatsRequest(importance=True), StatsRequest(importance=True, neurons=True, means=True)
 Batches = list[dict[str, torch.Tensor]]
 
 
@@ -111,6 +113,35 @@ def measure_scoring(num_rounds: int) -> tuple[list[Target], float]:
     return targets, spread
 
 
+def backward_to_activations(model: BertForSequenceClassification, batches: Batches) -> None:
+    """One plain forward and backward in which no weight needs a gradient."""
+    for batch in batches:
+        embedded = model.bert.embeddings(batch["input_ids"]).detach().requires_grad_()
+        fields = {name: batch[name] for name in ("attention_mask", "labels")}
+        torch.autograd.grad(model(inputs_embeds=embedded, **fields).loss, embedded)
+
+
+def measure_neurons(num_rounds: int) -> list[Target]:
+    """Scores of heads and neurons in one pass, against those of heads alone and against a plain pass."""
+    model = BertForSequenceClassification(BertConfig(num_labels=NUM_CLASSES)).eval().requires_grad_(False)
+    batches = calibration(8, 128, 128, 1)
+    runs = (
+        lambda: collect_head_stats(model, batches, NEURONS),
+        lambda: collect_head_stats(model, batches, HEADS),
+        lambda: backward_to_activations(model, batches),
+    )
+    neurons, heads, plain = in_turns(runs, num_rounds, "neurons")
+    memory = [peak_memory(run) for run in runs[:2]]
+    layer = 8 * 128 * model.config.intermediate_size * 4
+    return [
+        Target("heads, neurons and means against heads, 8 x 128", ratio(neurons, heads), 1.1, False),
+        Target(
+            "heads, neurons and means against forward + backward without weights, 8 x 128", ratio(neurons, plain), 1.7, False
+        ),
+        Target("memory beyond that of heads, in activations of one FFN", (memory[0] - memory[1]) / layer, 4, False),
+    ]
+
+
 def measure_selection() -> list[Target]:
     """Seconds from class statistics (random) to the choice, for all degrees at once."""
     targets = []
@@ -155,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     scoring, spread = measure_scoring(options.rounds)
-    targets = [*measure_selection(), *scoring]
+    targets = [*measure_selection(), *scoring, *measure_neurons(options.rounds)]
     about = environment(options.threads)
     sys.stdout.write(markdown(about, targets, spread))
     if options.output is not None:

@@ -23,6 +23,7 @@ from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
 from tests.markdown_code import PAGES, ROOT, Block, blocks_of, check_command, commands_of
 from tests.test_compress import flop_time
 from tests.tiny import tiny_bert
+from tests.toy_family import forgotten_afterwards
 
 LANGUAGES = {"python", "bash", "text", "json"}
 MOST_NOT_RUN = 3
@@ -78,7 +79,8 @@ def page_folder(stand_ins, tmp_path, monkeypatch):
 
     for owner in (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase):
         monkeypatch.setattr(owner, "push_to_hub", push_to_hub)
-    return tmp_path
+    with forgotten_afterwards():  # a page registers a family
+        yield tmp_path
 
 
 def fresh_names() -> dict:

@@ -16,7 +16,6 @@ from shrp_hf import (
     HisSelector,
     KeepPlan,
     Part,
-    families,
     masked_heads,
     prune_heads,
     register_family,
@@ -26,7 +25,7 @@ from shrp_hf import (
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from tests.tiny import batch, randomize_, same_state
-from tests.toy_family import TOY, ToyConfig, ToyForSequenceClassification, ToyModel, register
+from tests.toy_family import TOY, ToyConfig, ToyForSequenceClassification, ToyModel, forgotten_afterwards, register
 
 ALL, EVERY = (0, 1, 2, 3), tuple(range(24))
 PLANS = {
@@ -40,12 +39,8 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """The toy family, known to this module's tests only."""
-    tables = (families._FAMILIES, families.REGISTERED, transformers.CONFIG_MAPPING._extra_content)
-    before = [dict(table) for table in tables]
-    yield register()
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
+    with forgotten_afterwards():
+        yield register()
 
 
 def toy():

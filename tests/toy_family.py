@@ -1,13 +1,15 @@
 """A family that neither Transformers nor shrp_hf knows: pre-norm, fused projections, a gated FFN, no biases."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-from shrp_hf import LayerMap, Part, register_family
+from shrp_hf import LayerMap, Part, families, register_family
 
 TOY = LayerMap(
     layers="blocks",
@@ -104,3 +106,16 @@ class ToyForSequenceClassification(ToyPreTrainedModel):
 
 def register():
     return register_family("toy", TOY, config_class=ToyConfig, model_classes=[ToyModel, ToyForSequenceClassification])
+
+
+@contextmanager
+def forgotten_afterwards() -> Iterator[None]:
+    """What is registered in the block is known in it only."""
+    tables = (families._FAMILIES, families.REGISTERED, CONFIG_MAPPING._extra_content)
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, content in zip(tables, before, strict=True):
+            table.clear()
+            table.update(content)

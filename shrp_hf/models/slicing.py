@@ -63,7 +63,8 @@ class BiasOnly(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (batch, length, anything) to the bias, (batch, length, hidden)."""
         shape = (*hidden_states.shape[:-1], self.hidden_size)
-        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.expand(shape)
+        # A copy, because a view of a parameter requires a gradient even where none is computed, and torch's counters trip.
+        return hidden_states.new_zeros(shape) if self.bias is None else self.bias.clone().expand(shape)
 
 
 class FirstColumns(nn.Module):

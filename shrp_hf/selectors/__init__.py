@@ -1,4 +1,4 @@
-"""Importance, entropy, clusters: how heads are chosen."""
+"""Importance, entropy, clusters: how heads, and neurons, are chosen."""
 
 from shrp_hf.selectors.base import Selector
 from shrp_hf.selectors.baselines import (
@@ -10,6 +10,12 @@ from shrp_hf.selectors.baselines import (
 )
 from shrp_hf.selectors.cahp import CahpSelector
 from shrp_hf.selectors.hies import HiesSelector
+from shrp_hf.selectors.neurons import (
+    NeuronImportanceSelector,
+    NeuronMagnitudeSelector,
+    NeuronRandomSelector,
+    NeuronSelector,
+)
 
 SELECTORS: dict[str, type[Selector]] = {
     "cahp": CahpSelector,
@@ -21,13 +27,24 @@ SELECTORS: dict[str, type[Selector]] = {
     "usage": UsageSelector,
 }
 
+NEURON_SELECTORS: dict[str, type[NeuronSelector]] = {
+    "importance": NeuronImportanceSelector,
+    "magnitude": NeuronMagnitudeSelector,
+    "random": NeuronRandomSelector,
+}
+
 __all__ = [
+    "NEURON_SELECTORS",
     "SELECTORS",
     "CahpSelector",
     "EntropySelector",
     "HiesSelector",
     "HisSelector",
     "MagnitudeSelector",
+    "NeuronImportanceSelector",
+    "NeuronMagnitudeSelector",
+    "NeuronRandomSelector",
+    "NeuronSelector",
     "RandomSelector",
     "Selector",
     "UsageSelector",
