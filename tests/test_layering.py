@@ -13,9 +13,9 @@ MAX_LINES = 450
 ROWS = (
     ("files", "allocation"),
     ("_version", "plan", "budget", "numerics"),
-    ("models", "environment", "benchmark"),
+    ("models", "environment"),
     ("families", "training_args", "usage"),
-    ("surgery", "head_stats", "onnx_export"),
+    ("surgery", "head_stats", "onnx_export", "benchmark"),
     ("costs",),
     ("selectors",),
     ("tasks", "distillation", "sampling"),
