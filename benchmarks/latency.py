@@ -29,7 +29,7 @@ NUM_PLANS = 10
 TABLE_ERROR = 0.1
 SHARES = {"8 x 128": 0.9, "1 x 32": 0.75}  # of the FLOP ratio, against stock in the same runtime
 THIN = {"12 thin layers (3 heads, 480 neurons)": (3, 480), "half of both (6 heads, 1,536 neurons)": (6, 1536)}
-WIDTHS = (448, 456, 464, 472, 480, 488, 496, 504, 512, 520, 528, 544, 560, 576, 608, 640)
+WIDTHS = (448, 464, 472, 479, 480, 481, 488, 496, 500, 504, 508, 511, 512, 513, 520, 528, 544, 560, 576)
 
 Layers = Sequence[tuple[int, int]]
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from shrp_hf.surgery import to_shrp
 NEURON_STEP = 64
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_HEAD_COUNTS = 17
+_WHOLE_LAYERS = 2
 _WARMUP_CALLS = 2
 _MIN_CALLS, _MAX_CALLS = 7, 50
 _SECONDS = 10.0
@@ -124,13 +125,46 @@ def _about(model: PreTrainedModel, layout: HeadLayout, at: Serving, num_threads:
 def _measured(
     model: PreTrainedModel, layout: HeadLayout, at: Serving, about: dict[str, Any], progress: Progress | None
 ) -> CostTable:
-    heads, neurons = _head_counts(layout.num_heads), _widths(about["num_neurons"])
-    middle = heads[len(heads) // 2], neurons[-1] // 2 // NEURON_STEP * NEURON_STEP or neurons[-1]
-    layers = [(count, middle[1]) for count in heads] + [(middle[0], count) for count in neurons]
-    experts = _expert_counts(layout)
+    """Builds the ladder, times it, and makes the table of what its layers took."""
+    heads, neurons, experts = _head_counts(layout.num_heads), _widths(about["num_neurons"]), _expert_counts(layout)
+    few_heads, few_neurons = heads[len(heads) // 2], neurons[-1] // 2 // NEURON_STEP * NEURON_STEP or neurons[-1]
+    parts = {
+        "heads": [(count, few_neurons) for count in heads],
+        "neurons": [(few_heads, count) for count in neurons],
+        "whole": [(heads[-1], neurons[-1])] * _WHOLE_LAYERS,
+    }
+    before, after, taken = _timed(model, sum(parts.values(), []), experts, at, about, progress)
+    found = {name: [taken.pop(0) for _ in layers] for name, layers in parts.items()}
+    by_heads, by_neurons = found["heads"], found["neurons"]
+    # Most time goes into whole layers, and shares are of them: what they take is not left to the one at the ladder's end.
+    more = by_heads[-1] - by_heads[heads.index(few_heads)]
+    by_neurons[-1] = float(np.mean([by_neurons[-1], *(whole - more for whole in found["whole"])]))
+    by_heads, by_neurons = _rising(by_heads), _rising(by_neurons)
+    return CostTable(
+        unit="seconds",
+        fixed=before + after,
+        layer=max(0.0, by_heads[0] + by_neurons[0] - by_heads[heads.index(few_heads)]),
+        heads=heads,
+        attention=tuple(time - by_heads[0] for time in by_heads),
+        neurons=neurons,
+        ffn=tuple(time - by_neurons[0] for time in by_neurons),
+        experts=dict(zip(experts, taken, strict=True)),
+        about=about,
+    )
+
+
+def _timed(
+    model: PreTrainedModel,
+    layers: Sequence[tuple[int, int]],
+    experts: Sequence[int],
+    at: Serving,
+    about: Mapping[str, Any],
+    progress: Progress | None,
+) -> tuple[float, float, list[float]]:
+    """Returns the seconds of what comes before the layers of a ladder, of what comes after, and of each layer."""
     ladder = build_ladder(model, layers, experts)
     inputs = random_inputs(ladder, at.batch_size, at.length)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(about["threads"])
     try:
         with tempfile.TemporaryDirectory(prefix="shrp-latency-") as folder:
@@ -142,20 +176,8 @@ def _measured(
                 clock = time_onnx(ladder, inputs, Path(folder), about["threads"], int8=at.runtime == "int8")
             seconds = _medians(clock, f"timing layers at {at.batch_size} x {at.length} in {at.runtime}", progress)
     finally:
-        torch.set_num_threads(before)
-    timed = seconds[1:-1]
-    by_heads, by_neurons = (_rising(part) for part in (timed[: len(heads)], timed[len(heads) : len(layers)]))
-    return CostTable(
-        unit="seconds",
-        fixed=seconds[0] + seconds[-1],
-        layer=max(0.0, by_heads[0] + by_neurons[0] - by_heads[heads.index(middle[0])]),
-        heads=heads,
-        attention=tuple(time - by_heads[0] for time in by_heads),
-        neurons=neurons,
-        ffn=tuple(time - by_neurons[0] for time in by_neurons),
-        experts=dict(zip(experts, timed[len(layers) :], strict=True)),
-        about=about,
-    )
+        torch.set_num_threads(threads_before)
+    return seconds[0], seconds[-1], seconds[1:-1]
 
 
 def _rising(times: Sequence[float]) -> list[float]:
