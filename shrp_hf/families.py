@@ -91,7 +91,11 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.layer_map.attention)
 
     def heads_in(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight (heads * head_size, hidden) and bias of everything that has rows per head: query, key, value first."""
+        """Weight (heads * head_size, hidden) and bias of everything that has rows per head: query, key, value first.
+
+        Args:
+            layer: Index of the layer.
+        """
         return self._parts(layer, self.layer_map.heads_in)
 
     def output(self, layer: int) -> nn.Module:
@@ -99,7 +103,11 @@ class HeadLayout:
         return self.layers[layer].get_submodule(self.layer_map.heads_out)
 
     def neurons_in(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Weight (neurons, hidden) and bias of the first FFN matrix, or of the two that share an index."""
+        """Weight (neurons, hidden) and bias of the first FFN matrix, or of the two that share an index.
+
+        Args:
+            layer: Index of the layer.
+        """
         return self._parts(layer, self.layer_map.neurons_in)
 
     def neurons_out(self, layer: int) -> nn.Module:
@@ -232,21 +240,11 @@ def register_family(
     """
     if model_type in FAMILIES:
         raise ValueError(f"The family {model_type!r} is registered already: call `register_family` once per process.")
-    stock_config = config_class
-    if config_class is None:
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"`AutoConfig` knows no family {model_type!r}: give `config_class` and `model_classes`.")
-        stock_config = CONFIG_MAPPING[model_type]
-    classes = list(model_classes) if model_classes is not None else _known_classes(stock_config)
-    if not classes:
-        raise ValueError(f"The Auto classes know no model of the family {model_type!r}: give `model_classes`.")
-    found = {getattr(each.config_class, "model_type", None) for each in classes} | {stock_config.model_type}
-    if not found <= {model_type, f"shrp_{model_type}"}:
-        raise ValueError(
-            f"`config_class` and `model_classes` must be of the family {model_type!r}, got {sorted(map(str, found))}."
-        )
-    is_own = issubclass(stock_config, ShrpConfigFields)
-    shrp_config = stock_config if is_own else build_config(stock_config, layer_map)
+    config, classes = _classes_of(model_type, config_class, model_classes)
+    is_own = issubclass(config, ShrpConfigFields)
+    if is_own and config.layer_map != layer_map:
+        raise ValueError(f"`{config.__name__}.layer_map` must be the `layer_map` that is registered, got another.")
+    shrp_config = config if is_own else build_config(config, layer_map)
     _check_map(model_type, layer_map, classes[0])
     built: dict[type[PreTrainedModel], Any] = {}
     for stock in classes:
@@ -258,6 +256,26 @@ def register_family(
     for auto, shrp in _auto_classes(built.values()):
         auto.register(shrp_config, shrp, exist_ok=True)
     return {shrp.__name__: shrp for shrp in built.values()}
+
+
+def _classes_of(
+    model_type: str, config_class: Any, model_classes: Sequence[type[PreTrainedModel]] | None
+) -> tuple[Any, list[type[PreTrainedModel]]]:
+    """Returns config and models of a family, those given or else those that the Auto classes know."""
+    config = config_class
+    if config is None and model_classes and is_shrp(model_classes[0]):
+        config = model_classes[0].config_class
+    elif config is None:
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"`AutoConfig` knows no family {model_type!r}: give `config_class` and `model_classes`.")
+        config = CONFIG_MAPPING[model_type]
+    classes = list(model_classes) if model_classes is not None else _known_classes(config)
+    if not classes:
+        raise ValueError(f"The Auto classes know no model of the family {model_type!r}: give `model_classes`.")
+    found = {str(getattr(each.config_class, "model_type", None)) for each in classes} | {config.model_type}
+    if not found <= {model_type, f"shrp_{model_type}"}:
+        raise ValueError(f"`config_class` and `model_classes` must be of the family {model_type!r}, got {sorted(found)}.")
+    return config, classes
 
 
 def _known_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:

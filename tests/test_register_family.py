@@ -25,7 +25,17 @@ from shrp_hf import (
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from tests.tiny import batch, randomize_, same_state
-from tests.toy_family import TOY, ToyConfig, ToyForSequenceClassification, ToyModel, forgotten_afterwards, register
+from tests.toy_family import (
+    TOY,
+    ShrpToyTooConfig,
+    ShrpToyTooModel,
+    ToyConfig,
+    ToyForSequenceClassification,
+    ToyModel,
+    ToyTooModel,
+    forgotten_afterwards,
+    register,
+)
 
 ALL, EVERY = (0, 1, 2, 3), tuple(range(24))
 PLANS = {
@@ -229,6 +239,16 @@ class OldModel(ToyModel):
             id="config with an __init__",
         ),
         pytest.param(
+            lambda: register_family("toy-three", replace(TOY, activation=None), ShrpToyTooConfig, [ToyTooModel]),
+            "`config_class` and `model_classes` must be of the family 'toy-three', got ['shrp_toy-too', 'toy-too'].",
+            id="own config of another family",
+        ),
+        pytest.param(
+            lambda: register_family("toy-too", replace(TOY, activation=None), model_classes=[ShrpToyTooModel]),
+            "`ShrpToyTooConfig.layer_map` must be the `layer_map` that is registered, got another.",
+            id="own config with another map",
+        ),
+        pytest.param(
             wrong(layers="stack"),
             "`layers` of the layer map of 'toy2' names 'stack', but Toy2Model has no such module: it has embeddings, blocks, ",
             id="layers",
@@ -304,6 +324,26 @@ def test_code_that_is_in_no_file_is_not_shipped(tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         prune_heads(toy(), PLANS["some"]).save_pretrained(tmp_path, with_code=True)
     assert not any(tmp_path.iterdir())
+
+
+def test_classes_of_a_file_are_used_and_shipped(tmp_path):
+    with forgotten_afterwards():
+        use_and_ship(tmp_path)
+
+
+def use_and_ship(tmp_path):
+    assert register_family("toy-too", TOY, model_classes=[ShrpToyTooModel]) == {"ShrpToyTooModel": ShrpToyTooModel}
+    model = ToyTooModel(ToyTooModel.config_class()).double().eval()
+    fields = {name: value for name, value in given().items() if name != "labels"}
+    cut = prune_heads(model, PLANS["some"])
+    assert type(cut) is ShrpToyTooModel
+    with torch.no_grad():
+        said = cut(**fields).last_hidden_state
+        with masked_heads(model, PLANS["some"]):
+            torch.testing.assert_close(model(**fields).last_hidden_state, said, **EXACT)
+    cut.save_pretrained(tmp_path, with_code=True)
+    assert (tmp_path / "toy_family.py").is_file()
+    assert type(to_stock(AutoModel.from_pretrained(tmp_path))) is ToyTooModel
 
 
 def test_experts_are_refused_by_name():

@@ -5,11 +5,14 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from shrp_hf import LayerMap, Part, families, register_family
+from shrp_hf.models.configuration_shrp import ShrpConfigFields
+from shrp_hf.models.modeling_shrp import ShrpBaseMixin
 
 TOY = LayerMap(
     layers="blocks",
@@ -102,6 +105,29 @@ class ToyForSequenceClassification(ToyPreTrainedModel):
         logits = self.classifier(self.toy(input_ids, attention_mask).last_hidden_state.mean(dim=1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class ToyToo(ToyConfig):
+    model_type = "toy-too"
+
+
+class ToyTooModel(ToyModel):
+    config_class = ToyToo
+
+
+@strict
+class ShrpToyTooConfig(ShrpConfigFields, ToyToo):
+    model_type = "shrp_toy-too"
+    stock_model_types: ClassVar[tuple[str, ...]] = ("toy-too",)
+    has_expert_layers: ClassVar[bool] = False
+    layer_map: ClassVar[LayerMap] = TOY
+
+
+class ShrpToyTooModel(ShrpBaseMixin, ToyTooModel):
+    """A Shrp class in a file, written by hand."""
+
+    config_class = ShrpToyTooConfig
+    auto_classes: ClassVar[dict[str, str]] = {"AutoModel": "toy_family.ShrpToyTooModel"}
 
 
 def register():

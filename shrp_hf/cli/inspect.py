@@ -7,7 +7,7 @@ from shrp_hf.cli.app import ModelArgument, app, console
 
 @app.command()
 def inspect(model: ModelArgument) -> None:
-    """Prints layers, heads, experts, usage and parameter counts.
+    """Prints layers, heads, experts, neurons, usage and parameter counts.
 
     Example: `shrp-hf inspect out/demo/static`
     """
@@ -20,7 +20,7 @@ def inspect(model: ModelArgument) -> None:
     loaded = to_shrp(load_safely(AutoModel.from_pretrained, model))
     config = loaded.config
     table = Table(title=f"{model} ({config.model_type})")
-    for column in ("layer", "kind", "kept", "heads or experts", "usage (sequences per expert)"):
+    for column in ("layer", "kind", "kept", "heads or experts", "neurons", "usage (sequences per expert)"):
         table.add_column(column)
     usage = loaded.usage()
     for i in range(config.num_hidden_layers):
@@ -32,7 +32,8 @@ def inspect(model: ModelArgument) -> None:
         heads = config.heads_of(i)
         counts = " ".join(map(str, usage[i])) if i in usage else ""
         kept = f"{len(heads)} of {config.num_attention_heads}"
-        table.add_row(str(i), kind, kept, " ".join(map(str, heads)) or "none", counts)
+        neurons = f"{config.num_neurons_of(i)} of {config.ffn_width}"
+        table.add_row(str(i), kind, kept, " ".join(map(str, heads)) or "none", neurons, counts)
     console.print(table)
     count = count_parameters(loaded)
     console.print(

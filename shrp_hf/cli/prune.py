@@ -37,6 +37,9 @@ def prune(
     calibration_samples: Annotated[int, typer.Option(help="Training rows to score on.")] = 1024,
     per_layer: Annotated[bool, typer.Option(help="Spread the heads evenly over the layers.")] = False,
     min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
+    output_means: Annotated[
+        bool, typer.Option("--output-means/--zeros", help="What is cut leaves its mean in the output bias, or nothing.")
+    ] = True,
     recovery_epochs: Annotated[float, typer.Option(help="Epochs of training after the cut.")] = 0.0,
     recipe: Annotated[str, typer.Option(help="How: default (the unpruned model teaches) or paper (nobody).")] = "default",
     teacher: Annotated[str | None, typer.Option(help="Model that teaches instead: of a routed one, the dense.")] = None,
@@ -79,6 +82,7 @@ def prune(
         calibration_samples=calibration_samples,
         per_layer=per_layer,
         min_heads_per_layer=min_heads_per_layer,
+        output_means=output_means,
         recovery_epochs=recovery_epochs,
         recipe=recipe,
         teacher=teacher,

@@ -142,7 +142,11 @@ class ShrpConfigFields:
         return self.ffn_width if self.intermediate_sizes is None else self.intermediate_sizes[layer]
 
     def set_num_neurons_(self, counts: list[int]) -> None:
-        """Takes over how many neurons each layer has, what is said of expert layers aside; all of all is None."""
+        """Takes over how many neurons each layer has; all in all layers becomes None.
+
+        Args:
+            counts: One per layer; what is said of expert layers does not count.
+        """
         experts = set(self.expert_layers) - set(self.pending_layers)
         is_full = all(count == self.ffn_width for layer, count in enumerate(counts) if layer not in experts)
         counts = [0 if layer in experts else count for layer, count in enumerate(counts)]

@@ -21,7 +21,12 @@ class Part:
     blocks: int = 1
 
     def of(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Returns this block of a weight or a bias, or with `dim=-1` of what the module returns; a view."""
+        """Returns this block of a tensor, a view.
+
+        Args:
+            tensor: A weight or a bias, or what the module returns.
+            dim: Where the blocks lie: 0 in a weight or a bias, -1 in what the module returns.
+        """
         width = tensor.shape[dim] // self.blocks
         return tensor.narrow(dim, self.block * width, width)
 

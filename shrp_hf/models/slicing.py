@@ -28,6 +28,11 @@ class OutputMeans:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns the means of a layer's heads and neurons.
 
+        Args:
+            layer: Index of the layer.
+            head_shape: Heads that it has, and their size.
+            num_neurons: Neurons that it has.
+
         Raises:
             ValueError: They are of a layer of another size.
         """
