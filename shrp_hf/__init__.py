@@ -7,7 +7,7 @@ import transformers
 from peft.utils import constants as _peft
 
 from shrp_hf._version import __version__
-from shrp_hf.budget import Budget
+from shrp_hf.budget import Budget, Serving
 from shrp_hf.dsp import DspCallback
 from shrp_hf.families import register_family
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
@@ -136,6 +136,7 @@ __all__ = [
     "NeuronRandomSelector",
     "Part",
     "RandomSelector",
+    "Serving",
     "ShrpBertConfig",
     "ShrpBertForMaskedLM",
     "ShrpBertForMultipleChoice",

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 COSTS = ("parameters", "flops", "latency")
 KNEE_DEGREES = range(2, 7)
+TABLE_RUNTIMES = ("eager", "onnx", "int8")
 
 
 class KneeNotFoundError(ValueError):
@@ -25,8 +26,36 @@ class KneeNotFoundError(ValueError):
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How a model is served: what its FLOPs are counted and its time is measured for.
+
+    Args:
+        batch_size: Sequences (images) in a call.
+        length: Tokens per sequence; an image model has its own.
+        runtime: "eager" (PyTorch), or ONNX Runtime: "onnx" (float32) or "int8".
+        num_threads: CPU threads within an operator; None: torch's setting.
+
+    Raises:
+        ValueError: A number is below 1, or the runtime is not one of these.
+    """
+
+    batch_size: int = 8
+    length: int = 128
+    runtime: str = "eager"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length", "num_threads"):
+            value = getattr(self, name)
+            if not (value is None and name == "num_threads") and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
+        if self.runtime not in TABLE_RUNTIMES:
+            raise ValueError(f"`runtime` must be one of {', '.join(TABLE_RUNTIMES)}, got {self.runtime!r}.")
+
+
+@dataclass(frozen=True)
 class Budget:
-    """How many heads a selector keeps, among those it may choose from. Made by the class methods below.
+    """What a selector may keep, of what it may choose from. Made by the class methods below.
 
     Args:
         kind: Name of the class method.
@@ -34,6 +63,8 @@ class Budget:
         keep: Share of the unpruned model's cost or quality that is kept.
         degree: Polynomial degree of the knee.
         measure: Takes a plan, returns its cost or its quality.
+        at: What a table of costs is made for, where there is no `measure`.
+        table: A `CostTable` that was made already.
     """
 
     kind: str
@@ -41,6 +72,8 @@ class Budget:
     keep: float | None = None
     degree: int | None = None
     measure: Callable[[Any], float] | None = None
+    at: Serving | None = None
+    table: Any = None
 
     @classmethod
     def heads(cls, count: int) -> Self:
@@ -104,32 +137,90 @@ class Budget:
         return cls("parameters", **_limit(target, keep))
 
     @classmethod
-    def flops(cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None) -> Self:
-        """Keeps as many heads as fit into `target` FLOPs (a multiply-add is 2), or into the share `keep` of all.
+    def flops(
+        cls,
+        measure: Callable[[Any], float] | None = None,
+        *,
+        target: float | None = None,
+        keep: float | None = None,
+        at: Serving | None = None,
+    ) -> Self:
+        """Keeps what fits into `target` FLOPs (a multiply-add is 2), or into the share `keep` of all.
+
+        Without `measure` the selector counts what a head and a neuron cost, and chooses both.
 
         Args:
-            measure: Takes a plan, returns the FLOPs of the model cut by it.
+            measure: Takes a plan, returns the FLOPs of the model cut by it. None: counted.
             target: FLOPs.
             keep: Share of the unpruned model's FLOPs.
+            at: Batch and length to count for, where there is no `measure`; None: 8 x 128.
 
         Raises:
-            ValueError: Not exactly one of target and keep is given, or it is out of range.
+            ValueError: Not exactly one of target and keep is given, it is out of range, or `at` says what `measure` does.
         """
-        return cls("flops", measure=_measure("measure", measure), **_limit(target, keep))
+        return cls("flops", **_limit(target, keep), **_source(measure, at, None))
 
     @classmethod
-    def latency(cls, measure: Callable[[Any], float], *, target: float | None = None, keep: float | None = None) -> Self:
-        """Keeps as many heads as run within `target` seconds, or within the share `keep` of the unpruned model's time.
+    def latency(
+        cls,
+        measure: Callable[[Any], float] | None = None,
+        *,
+        target: float | None = None,
+        keep: float | None = None,
+        seconds: float | None = None,
+        at: Serving | None = None,
+        table: Any = None,
+    ) -> Self:
+        """Keeps what runs within so much time.
+
+        With `measure`, heads: as many as run within `target` seconds, or the share `keep` of the unpruned model's time.
+        Without, heads and neurons, by a table of the time of a layer: within the share `target` (or `keep`) of the
+        unpruned model's time, or within `seconds`. The table is measured on this machine, in some tens of seconds, and
+        kept for the next time.
 
         Args:
             measure: Takes a plan, returns the seconds that the model cut by it needs; called once per count tried.
-            target: Seconds.
-            keep: Share of the unpruned model's seconds.
+            target: Seconds with `measure`; without, a share above 0 and at most 1.
+            keep: Share of the unpruned model's time.
+            seconds: Seconds, by the table.
+            at: Batch, length, runtime and threads of the table; None: 8 x 128 in PyTorch eager.
+            table: A table that was made already, by `shrp_hf.costs.latency_table`.
 
         Raises:
-            ValueError: Not exactly one of target and keep is given, or it is out of range.
+            ValueError: Not exactly one of target, keep and seconds is given, it is out of range, or several of measure, at
+                and table are.
         """
-        return cls("latency", measure=_measure("measure", measure), **_limit(target, keep))
+        if measure is None:
+            if [target, keep, seconds].count(None) != 2:
+                raise ValueError(
+                    f"Give exactly one of `target`, `keep` and `seconds`, got target={target!r}, keep={keep!r} and "
+                    f"seconds={seconds!r}."
+                )
+            if target is not None and not (isinstance(target, int | float) and 0 < target <= 1):
+                raise ValueError(
+                    f"`target` must be a share of the unpruned model's time, above 0 and at most 1, got {target!r}: for "
+                    "seconds give `seconds`."
+                )
+            target, keep = seconds, keep if target is None else target
+        elif seconds is not None:
+            raise ValueError("`seconds` is for a table; with `measure` give them as `target`.")
+        return cls("latency", **_limit(target, keep), **_source(measure, at, table))
+
+    @classmethod
+    def speedup(cls, times: float, *, at: Serving | None = None, table: Any = None) -> Self:
+        """Keeps the heads and neurons that make the model `times` as fast: `Budget.latency(target=1 / times)`.
+
+        Args:
+            times: At least 1, for example 4.
+            at: As in `latency`.
+            table: As in `latency`.
+
+        Raises:
+            ValueError: `times` is below 1.
+        """
+        if isinstance(times, bool) or not isinstance(times, int | float) or not 1 <= times < math.inf:
+            raise ValueError(f"`times` must be a number from 1, such as 4 for a quarter of the time, got {times!r}.")
+        return cls.latency(target=1 / times, at=at, table=table)
 
     @classmethod
     def quality(cls, evaluate: Callable[[Any], float], keep: float = 0.99) -> Self:
@@ -144,6 +235,11 @@ class Budget:
             ValueError: `keep` is not above 0 and at most 1.
         """
         return cls("quality", keep=_share("keep", keep), measure=_measure("evaluate", evaluate))
+
+    @property
+    def is_tabled(self) -> bool:
+        """Whether it is spent on heads and neurons by a table of costs."""
+        return self.kind in ("flops", "latency") and self.measure is None
 
     @property
     def is_measured(self) -> bool:
@@ -265,6 +361,18 @@ def _limit(target: float | None, keep: float | None) -> dict[str, Any]:
     if target is not None and not (is_number and 0 < target < math.inf):
         raise ValueError(f"`target` must be a positive number, got {target!r}.")
     return {"target": target, "keep": keep if keep is None else _share("keep", keep)}
+
+
+def _source(measure: Callable[[Any], float] | None, at: Serving | None, table: Any) -> dict[str, Any]:
+    """Where a cost comes from: a measurement of the caller's, a table that there is, or one to make."""
+    if [measure, at, table].count(None) < 2:
+        raise ValueError(
+            f"Give one of `measure`, `at` and `table` at most: each says what the cost is, got measure={measure!r}, at={at!r} "
+            f"and table={'a table' if table is not None else None}."
+        )
+    if at is not None and not isinstance(at, Serving):
+        raise ValueError(f"`at` must be a Serving, such as Serving(batch_size=1, length=32), got {at!r}.")
+    return {"measure": None if measure is None else _measure("measure", measure), "at": at, "table": table}
 
 
 def _measure(name: str, measure: object) -> Callable[[Any], float]:

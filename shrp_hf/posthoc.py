@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from shrp_hf.budget import Budget
+from shrp_hf.budget import Budget, Serving
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.model_card import write_card
@@ -28,14 +28,22 @@ from shrp_hf.tasks.task import Task
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How a fine-tuned model is pruned after the fact. Exactly one of keep, heads, keep_quality and knee_degree.
+    """How a fine-tuned model is pruned after the fact. Exactly one of keep to knee_degree.
 
     Args:
         selector: A name in `SELECTORS`.
-        keep: Share of the heads that stay.
+        keep: Share of the heads that stay, and of the neurons where they may go.
         heads: Number of heads that stay.
+        speedup: How many times as fast the model becomes, by the time of its layers on this machine; heads and neurons go.
+        keep_latency: The same as a share of the unpruned model's time.
+        keep_flops: Share of the unpruned model's FLOPs; heads and neurons go.
+        keep_parameters: Share of the unpruned model's parameters, embeddings included.
         keep_quality: Share of the unpruned quality that stays, measured on held-out rows.
         knee_degree: Polynomial degree of CAHP's knee.
+        neurons: Whether FFN neurons may go; None: with a speed-up, a latency or FLOPs.
+        shape: (batch, length) that times and FLOPs are of.
+        runtime: What times are of: "eager", "onnx" or "int8".
+        threads: CPU threads that times are of; None: torch's setting.
         alpha: Weight of importance in HIES.
         signature_size: Side of CAHP's resized attention maps: 32 for short sentences, 48 for pairs in the paper.
         calibration_samples: Training rows to score on; CAHP's paper takes all, HIES' 32.
@@ -54,8 +62,16 @@ class PruneOptions:
     selector: str = "hies"
     keep: float | None = None
     heads: int | None = None
+    speedup: float | None = None
+    keep_latency: float | None = None
+    keep_flops: float | None = None
+    keep_parameters: float | None = None
     keep_quality: float | None = None
     knee_degree: int | None = None
+    neurons: bool | None = None
+    shape: tuple[int, int] = (8, 128)
+    runtime: str = "eager"
+    threads: int | None = None
     alpha: float | None = None
     signature_size: int = 32
     calibration_samples: int = 1024
@@ -78,9 +94,14 @@ class PruneOptions:
         """
         if self.selector not in SELECTORS:
             raise ValueError(f"`selector` must be one of {', '.join(sorted(SELECTORS))}, got {self.selector!r}.")
+        at = Serving(*self.shape, self.runtime, self.threads)
         budgets = {
             "keep": lambda: Budget.fraction(self.keep),
             "heads": lambda: Budget.heads(self.heads),
+            "speedup": lambda: Budget.speedup(self.speedup, at=at),
+            "keep_latency": lambda: Budget.latency(keep=self.keep_latency, at=at),
+            "keep_flops": lambda: Budget.flops(keep=self.keep_flops, at=at),
+            "keep_parameters": lambda: Budget.parameters(keep=self.keep_parameters),
             "keep_quality": lambda: Budget.quality(quality, keep=self.keep_quality),
             "knee_degree": lambda: Budget.knee(self.knee_degree),
         }
@@ -88,6 +109,7 @@ class PruneOptions:
         if len(given) != 1:
             raise ValueError(f"Give exactly one of {', '.join(f'`{name}`' for name in budgets)}, got {given or 'none'}.")
         kwargs: dict[str, Any] = {"budget": budgets[given[0]](), "min_heads_per_layer": self.min_heads_per_layer}
+        kwargs["neurons"] = self.neurons
         if self.selector != "cahp":
             kwargs["per_layer"] = self.per_layer
         if self.selector in ("random", "cahp"):
@@ -155,8 +177,9 @@ def prune_posthoc(
             return evaluate_on(model, data["validation"], task, tokenizer)[task.headline]
 
     selector = options.make_selector(quality)
+    selector.check(model)
     output.mkdir(parents=True, exist_ok=True)
-    say(f"1/3 scoring heads with {options.selector} on {min(options.calibration_samples, len(data['train']))} rows")
+    say(f"1/3 scoring with {options.selector} on {min(options.calibration_samples, len(data['train']))} rows")
     batches = calibration_batches(
         data["train"], tokenizer, options.calibration_samples, batch_size=options.batch_size, seed=options.seed
     )
@@ -168,7 +191,7 @@ def prune_posthoc(
     plan = selector.select(model, stats=stats)
     plan.to_json(output / "plan.json")
 
-    say(f"2/3 cutting: {plan.num_kept} heads stay")
+    say(f"2/3 cutting: {_kept(plan)} stay")
     pruned = prune_heads(model, plan, means)
     if options.recovery_epochs:
         setup = Setup(
@@ -208,6 +231,18 @@ def prune_posthoc(
     return _report(output, record, task, selector, plan, compare_models(rows, scores, task))
 
 
+def _kept(plan: KeepPlan) -> str:
+    heads = f"{plan.num_kept} of {plan.num_layers * plan.num_heads} heads"
+    return heads if plan.neurons is None else f"{heads} and {plan.num_kept_neurons:,} neurons"
+
+
+def _layers(plan: KeepPlan) -> str:
+    if plan.neurons is None:
+        return "Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and 18% of its FLOPs."
+    rows = [f"| {i} | {len(h)} | {len(n)} |" for i, (h, n) in enumerate(zip(plan.kept, plan.neurons, strict=True))]
+    return "\n".join(["| layer | heads | neurons |", "|---:|---:|---:|", *rows])
+
+
 def _report(output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str) -> Path:
     plot_head_map(selector.scores, plan, output / "heads.png")
     pictures = "![heads](heads.png)\n"
@@ -223,10 +258,10 @@ def _report(output: Path, record: RunRecord, task: Task, selector: Selector, pla
             pictures += "![knee](knee.png)\n"
     text = f"""# {task.name}: {record.method}
 
-{plan.num_kept} of {plan.num_layers * plan.num_heads} heads stay. Options: `{json.dumps(record.options)}`
+{_kept(plan)} stay. Options: `{json.dumps(record.options)}`
 
 {comparison}
-Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and 18% of its FLOPs.
+{_layers(plan)}
 
 {pictures}"""
     path = output / "report.md"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shrp_hf.budget import Budget, KneeNotFoundError, find_knee
+from shrp_hf.budget import Budget, KneeNotFoundError, Serving, find_knee
 
 
 def exact(message):
@@ -91,6 +91,16 @@ def test_the_knee_of_a_curve_without_one_carries_the_curve():
         find_knee([(2, 0.1), (3, 0.5), (4, 0.6)], 6)
 
 
+def test_a_speedup_is_a_share_of_the_time_by_a_table():
+    at, table = Serving(batch_size=1, length=32, runtime="onnx"), object()
+    assert Budget.speedup(4, at=at) == Budget.latency(target=0.25, at=at) == Budget.latency(keep=0.25, at=at)
+    assert Budget.latency(seconds=0.02, table=table).target == 0.02
+    tabled = (Budget.speedup(4), Budget.latency(target=0.25), Budget.flops(keep=0.25), Budget.flops(target=1e9, at=at))
+    assert all(budget.is_tabled for budget in tabled)
+    measured = (Budget.latency(identity, target=2), Budget.flops(identity, keep=0.5), Budget.parameters(keep=0.5))
+    assert not any(budget.is_tabled for budget in measured)
+
+
 COUNTED = "must be a positive whole number of heads, got"
 SHARE = "must be a share above 0 and at most 1, got"
 
@@ -117,6 +127,39 @@ SHARE = "must be a share above 0 and at most 1, got"
         (lambda: Budget.parameters(), "Give either `target` or `keep`, got target=None and keep=None."),
         (lambda: Budget.parameters(5, keep=0.5), "Give either `target` or `keep`, got target=5 and keep=0.5."),
         (lambda: Budget.latency(identity, target=-1), "`target` must be a positive number, got -1."),
+        (
+            lambda: Budget.latency(target=20),
+            "`target` must be a share of the unpruned model's time, above 0 and at most 1, got 20: for seconds give "
+            "`seconds`.",
+        ),
+        (
+            lambda: Budget.latency(target=0.5, seconds=0.1),
+            "Give exactly one of `target`, `keep` and `seconds`, got target=0.5, keep=None and seconds=0.1.",
+        ),
+        (
+            lambda: Budget.latency(),
+            "Give exactly one of `target`, `keep` and `seconds`, got target=None, keep=None and seconds=None.",
+        ),
+        (lambda: Budget.latency(seconds=0), "`target` must be a positive number, got 0."),
+        (
+            lambda: Budget.latency(identity, seconds=0.1),
+            "`seconds` is for a table; with `measure` give them as `target`.",
+        ),
+        (
+            lambda: Budget.latency(identity, target=2, at=Serving()),
+            f"Give one of `measure`, `at` and `table` at most: each says what the cost is, got measure={identity!r}, "
+            f"at={Serving()!r} and table=None.",
+        ),
+        (
+            lambda: Budget.flops(keep=0.5, at="8x128"),
+            "`at` must be a Serving, such as Serving(batch_size=1, length=32), got '8x128'.",
+        ),
+        (lambda: Budget.speedup(0.5), "`times` must be a number from 1, such as 4 for a quarter of the time, got 0.5."),
+        (lambda: Budget.speedup("4"), "`times` must be a number from 1, such as 4 for a quarter of the time, got '4'."),
+        (lambda: Serving(length=0), "`length` must be a whole number from 1, got 0."),
+        (lambda: Serving(batch_size=None), "`batch_size` must be a whole number from 1, got None."),
+        (lambda: Serving(num_threads=True), "`num_threads` must be a whole number from 1, got True."),
+        (lambda: Serving(runtime="compiled"), "`runtime` must be one of eager, onnx, int8, got 'compiled'."),
         (lambda: Budget.heads(9).count(8), "`budget` keeps 9 heads, but must keep 1 to 8: so many are to choose from."),
         (
             lambda: Budget.flops(identity, target=2).search(identity, 3, 9),

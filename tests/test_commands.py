@@ -18,9 +18,11 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, Trai
 from typer.testing import CliRunner
 
 from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads, workflow
+from shrp_hf.budget import Serving
 from shrp_hf.cli.app import NOT_VERIFIED
 from shrp_hf.cli.progress import one_bar_each
 from shrp_hf.compress import Compression, CompressOptions, Targets
+from shrp_hf.costs import CostTable
 from shrp_hf.head_stats import HeadStats
 from shrp_hf.plan import KeepPlan
 from shrp_hf.posthoc import PruneOptions, prune_posthoc
@@ -28,6 +30,7 @@ from shrp_hf.recipes import Recipe
 from shrp_hf.record import Rows, RunRecord, source_name
 from shrp_hf.runs import problem_when_reopened
 from shrp_hf.selectors import SELECTORS
+from shrp_hf.selectors import base as selectors_base
 from shrp_hf.tasks import load_task
 from shrp_hf.workflow import REOPENED, Workflow, WorkflowOptions
 from tests.tiny import same_state, tiny_bert
@@ -165,6 +168,42 @@ def test_prune_by_cahp_draws_its_plane(plain, data_dir, tmp_path):
     assert (tmp_path / "clusters.png").exists()
 
 
+@pytest.mark.parametrize("words", [("--keep-flops", 0.5), ("--speedup", 1.5), ("--keep", 0.5, "--neurons")])
+def test_prune_cuts_heads_and_neurons_within_one_budget(words, plain, data_dir, tmp_path, monkeypatch):
+    table = CostTable("seconds", 1.0, 1.0, (0, 4), (0.0, 8.0), (0, 64), (0.0, 16.0))
+    asked = []
+    monkeypatch.setattr(selectors_base, "latency_table", lambda model, at: asked.append(at) or table)
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "his", *words)
+    more = ("--shape", "1x16", "--runtime", "onnx", "--threads", 1, "--max-length", 16)
+    result = run(*words, *more, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    plan = KeepPlan.from_json(tmp_path / "plan.json")
+    assert plan.num_kept_neurons < 192
+    assert model.config.intermediate_sizes == [len(left) for left in plan.neurons]
+    if "--speedup" in words:
+        assert set(asked) == {Serving(1, 16, "onnx", 1)}
+        layers = zip(map(len, plan.kept), map(len, plan.neurons), strict=True)
+        assert table.total(layers) <= table.total([(4, 64)] * 3) / 1.5
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"{plan.num_kept} of 12 heads and {plan.num_kept_neurons} neurons stay" in report
+
+
+def test_prune_names_the_best_speedup_before_it_scores_or_trains(plain, data_dir, tmp_path, monkeypatch):
+    table = CostTable("seconds", 1.0, 1.0, (0, 4), (0.0, 8.0), (0, 64), (0.0, 16.0))
+    monkeypatch.setattr(selectors_base, "latency_table", lambda model, at: table)
+    options = PruneOptions(selector="his", speedup=50, recovery_epochs=1)
+    with pytest.raises(ValueError, match=r"the least that can be reached is 1.6e\+04 ms, 21.1%, a speed-up of 4.75x"):
+        prune_posthoc(plain, load_task("sst2", data_dir), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prune_refuses_what_is_no_shape(plain, tmp_path):
+    result = run("prune", plain, "--dataset", "sst2", "--speedup", 2, "--shape", "8by128", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "'8by128' is no shape such as 8x128" in result.output
+
+
 def test_prune_by_measured_quality(plain, data_dir, tmp_path):
     words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--keep-quality", 0.5, "--output", tmp_path)
     result = run(*words)
@@ -234,12 +273,14 @@ def test_prune_refuses_a_teacher_that_would_teach_nothing(options, plain, data_d
         ),
         pytest.param(
             {},
-            "Give exactly one of `keep`, `heads`, `keep_quality`, `knee_degree`, got none.",
+            "Give exactly one of `keep`, `heads`, `speedup`, `keep_latency`, `keep_flops`, `keep_parameters`, `keep_quality`, "
+            "`knee_degree`, got none.",
             id="no budget",
         ),
         pytest.param(
             {"keep": 0.5, "heads": 3},
-            "Give exactly one of `keep`, `heads`, `keep_quality`, `knee_degree`, got ['keep', 'heads'].",
+            "Give exactly one of `keep`, `heads`, `speedup`, `keep_latency`, `keep_flops`, `keep_parameters`, `keep_quality`, "
+            "`knee_degree`, got ['keep', 'heads'].",
             id="two budgets",
         ),
         pytest.param(

@@ -11,16 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("files", "lengths", "outputs"),
+    ("files", "allocation", "lengths", "outputs"),
     ("_version", "plan", "budget", "numerics", "card_parts"),
     ("models", "environment"),
     ("families", "training_args", "usage"),
     ("surgery", "head_stats"),
-    ("selectors", "checkpoints"),
+    ("checkpoints",),
+    ("onnx_export", "benchmark"),
+    ("costs",),
+    ("selectors",),
     ("tasks", "distillation", "dropout", "sampling", "teacher_outputs", "routing_log"),
-    ("trainer", "dsp", "onnx_export"),
+    ("trainer", "dsp"),
     ("recipes",),
-    ("benchmark",),
     ("plots", "report"),
     ("record", "runs"),
     ("model_card",),

@@ -51,6 +51,28 @@ NOT_VERIFIED = 4
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    """Reads "8x128", batch and length; a ValueError for anything else."""
+    batch_size, length = text.split("x")
+    return int(batch_size), int(length)
+
+
+def shape_option(help: str) -> Any:
+    """An option whose value is a shape.
+
+    Args:
+        help: Help of the option.
+    """
+
+    def parse(text: str) -> tuple[int, int]:
+        try:
+            return shape_of(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no shape such as 8x128, batch x length") from error
+
+    return typer.Option(parser=parse, help=help, metavar="BATCHxLENGTH")
+
+
 def list_option(parse: Callable[[str], Any], help: str, meaning: str = "") -> Any:
     """An option whose value is a list separated by commas.
 

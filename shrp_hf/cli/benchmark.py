@@ -7,12 +7,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from shrp_hf.cli.app import app, console, list_option
-
-
-def _shape(text: str) -> tuple[int, int]:
-    batch_size, length = text.split("x")
-    return int(batch_size), int(length)
+from shrp_hf.cli.app import app, console, list_option, shape_of
 
 
 @app.command()
@@ -22,7 +17,7 @@ def benchmark(
         list, list_option(str, "eager, compiled, onnx, int8; the baseline runs in the first.", "names")
     ] = "eager",  # type: ignore[assignment]
     shapes: Annotated[
-        list, list_option(_shape, "Batch x length of each workload, or none.", "shapes like 8x128")
+        list, list_option(shape_of, "Batch x length of each workload, or none.", "shapes like 8x128")
     ] = "1x32,8x128",  # type: ignore[assignment]
     texts: Annotated[Path | None, typer.Option(help="Text file: its lines are one more workload, sorted by length.")] = None,
     batch_size: Annotated[int, typer.Option(help="Lines of the text file per batch.")] = 32,

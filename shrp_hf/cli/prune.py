@@ -18,6 +18,7 @@ from shrp_hf.cli.app import (
     app,
     console,
     read_task,
+    shape_option,
 )
 
 
@@ -32,10 +33,23 @@ def prune(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, magnitude, random or usage.")] = "hies",
-    keep: Annotated[float | None, typer.Option(help="Share of the heads that stay.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the heads that stay (with --neurons, of both).")] = None,
     heads: Annotated[int | None, typer.Option(help="Number of heads that stay.")] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="How many times as fast, measured on this machine: heads and neurons go.")
+    ] = None,
+    keep_latency: Annotated[float | None, typer.Option(help="The same, as a share of the time.")] = None,
+    keep_flops: Annotated[float | None, typer.Option(help="Share of the FLOPs that stays: heads and neurons go.")] = None,
+    keep_parameters: Annotated[float | None, typer.Option(help="Share of the model's parameters that stays.")] = None,
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality that stays, on held-out rows.")] = None,
     knee_degree: Annotated[int | None, typer.Option(help="CAHP: degree of the knee's polynomial, 2 to 6.")] = None,
+    neurons: Annotated[
+        bool | None,
+        typer.Option("--neurons/--no-neurons", help="Whether FFN neurons may go; default: for a speed-up, latency or FLOPs."),
+    ] = None,
+    shape: Annotated[tuple, shape_option("Batch and length that times and FLOPs are of.")] = "8x128",  # type: ignore[assignment]
+    runtime: Annotated[str, typer.Option(help="What times are of: eager, onnx or int8.")] = "eager",
+    threads: Annotated[int | None, typer.Option(help="CPU threads that times are of; default: torch's setting.")] = None,
     alpha: Annotated[float | None, typer.Option(help="HIES: weight of importance against entropy.")] = None,
     signature_size: Annotated[int, typer.Option(help="CAHP: side of the resized attention maps; 48 for pairs.")] = 32,
     calibration_samples: Annotated[int, typer.Option(help="Training rows to score on.")] = 1024,
@@ -53,12 +67,16 @@ def prune(
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Prunes the heads of a fine-tuned model, without retraining unless asked to.
+    """Prunes the heads of a fine-tuned model, and its FFN neurons, without retraining unless asked to.
 
-    Give exactly one of `--keep`, `--heads`, `--keep-quality` and `--knee-degree`. Head pruning alone saves little: half the
-    heads of BERT-base are 13% of its parameters. CAHP's knee hardly depends on the data: the degree sets the count.
+    Give exactly one of `--speedup`, `--keep-latency`, `--keep-flops`, `--keep-parameters`, `--keep`, `--heads`,
+    `--keep-quality` and `--knee-degree`. Head pruning alone saves little: half the heads of BERT-base are 13% of its
+    parameters. For a speed-up the time of a layer is measured here once, by heads and neurons, in some tens of seconds, and
+    kept. CAHP's knee hardly depends on the data: the degree sets the count.
 
     Example: `shrp-hf prune out/demo/dense --dataset docstrings --selector hies --keep 0.5 --output out/half`
+
+    Example: `shrp-hf prune out/demo/dense --dataset docstrings --speedup 2 --shape 1x32 --runtime onnx --output out/fast`
     """
     from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.posthoc import PruneOptions, prune_posthoc
@@ -68,6 +86,14 @@ def prune(
         selector=selector,
         keep=keep,
         heads=heads,
+        speedup=speedup,
+        keep_latency=keep_latency,
+        keep_flops=keep_flops,
+        keep_parameters=keep_parameters,
+        neurons=neurons,
+        shape=shape,
+        runtime=runtime,
+        threads=threads,
         keep_quality=keep_quality,
         knee_degree=knee_degree,
         alpha=alpha,

@@ -79,7 +79,7 @@ def export_onnx(
     if not 0 <= min_agreement <= 1:
         raise ValueError(f"`min_agreement` must be a share from 0 to 1, got {min_agreement}.")
     _check_output(output)
-    names = _output_names(model)
+    names = output_names(model)
     _check_size(model)
     batches = make_batches(model, tokenizer, texts or SENTENCES)
     expected = torch_outputs(model, names, batches)
@@ -99,7 +99,7 @@ def export_onnx(
         with tempfile.TemporaryDirectory(dir=output, prefix=".exporting-") as folder:
             staged = Path(folder)
             path = staged / "model.onnx"
-            write_graph(reference, _tracing_inputs(reference, record["inputs"]), names, path, split=int8)
+            write_graph(reference, tracing_inputs(reference, record["inputs"]), names, path, split=int8)
             record["float32"] = _check_float32(path, expected, batches)
             if int8:
                 write_int8(path, staged / "int8.onnx")
@@ -198,14 +198,14 @@ def _check_size(model: PreTrainedModel) -> None:
         raise ValueError(f"`model` has {size / 1e9:.1f} GB of float32 weights, and one ONNX file holds 2 GB: prune it first.")
 
 
-def _output_names(model: PreTrainedModel) -> list[str]:
+def output_names(model: PreTrainedModel) -> list[str]:
     """Reads from a tiny run which of the known outputs this model has."""
     layout = head_layout(model)  # refuses other families by name
     check_plain({i: layout.layers[i] for i in layout.ordinary_layers}, layout.layer_map)
     pending = getattr(model.config, "pending_layers", None)
     if pending:
         raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")
-    inputs = _tracing_inputs(model, input_names(model))
+    inputs = tracing_inputs(model, input_names(model))
     with torch.inference_mode():
         output = model(**{k: v.to(model.device) for k, v in inputs.items()}, return_dict=True)
     names = [name for name in OUTPUTS if output.get(name) is not None]
@@ -214,7 +214,7 @@ def _output_names(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _tracing_inputs(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def tracing_inputs(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """A batch in which no dimension is 1, for which torch would fix it."""
     if names == ["pixel_values"]:
         size = model.config.image_size

@@ -94,15 +94,32 @@ class FusedExpertLayer(nn.Module):
 
 
 class _Traced(nn.Module):
-    """Takes the inputs in order, returns the outputs in order."""
+    """Takes the inputs in order; returns the outputs in order, then what goes into each of `layers` and out of the last."""
 
-    def __init__(self, model: PreTrainedModel, input_names: Sequence[str], output_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        layers: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.model, self.input_names, self.output_names = model, input_names, output_names
+        self.layers = tuple(layers)  # no ModuleList: they are modules of the model already
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states: list[torch.Tensor] = []
+        handles = [layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for layer in self.layers]
+        for layer in self.layers[-1:]:
+            handles.append(layer.register_forward_hook(lambda _, inputs, output: states.append(_first(output))))
         output = self.model(**dict(zip(self.input_names, tensors, strict=True)), return_dict=True)
-        return tuple(output[name] for name in self.output_names)
+        for handle in handles:
+            handle.remove()
+        return (*(output[name] for name in self.output_names), *states)
+
+
+def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
@@ -159,7 +176,12 @@ def _sum_residuals_(graph: Any) -> None:
 
 
 def write_graph(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], output_names: Sequence[str], path: Path, split: bool
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    output_names: Sequence[str],
+    path: Path,
+    split: bool,
+    with_hidden_states: bool = False,
 ) -> None:
     """Traces `model` and writes its graph, weights included.
 
@@ -169,6 +191,7 @@ def write_graph(
         output_names: Fields of the model's output, in the order in which the graph returns them.
         path: Where to.
         split: See `FusedAttention`.
+        with_hidden_states: The graph also returns what goes into each layer and comes out of the last.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -176,7 +199,9 @@ def write_graph(
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _padding_mask)
     axes = ({0: "batch"}, {0: "batch", 1: "length"}, {0: "batch", 1: "choices", 2: "length"})
     dynamic = [axes[0] if name == "pixel_values" else axes[tensor.dim() - 1] for name, tensor in inputs.items()]
-    traced = _Traced(fused(model, split), list(inputs), list(output_names))
+    traceable = fused(model, split)
+    layers = tuple(traceable.base_model.get_submodule(head_layout(model).layer_map.layers)) if with_hidden_states else ()
+    traced = _Traced(traceable, list(inputs), list(output_names), layers)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of shared axis names and torch's own deprecations
         program = torch.onnx.export(

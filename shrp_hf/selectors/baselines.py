@@ -1,5 +1,6 @@
 """The selectors that every comparison carries, and usage, by which SHRP chooses its experts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,19 +8,20 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.families import HeadLayout
-from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest, weight_magnitude
+from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest, neuron_magnitude, weight_magnitude
 from shrp_hf.selectors.base import Selector, telling
 
 
 @dataclass(kw_only=True, eq=False)
 class RandomSelector(Selector):
-    """Keeps random heads: the control that a method has to beat.
+    """Keeps random heads and neurons: the control that a method has to beat.
 
     Args:
         seed: Of the draw.
     """
 
     name: ClassVar[str] = "random"
+    scores_neurons_by_data: ClassVar[bool] = False
     seed: int = 0
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats | None) -> torch.Tensor:
@@ -31,15 +33,24 @@ class RandomSelector(Selector):
             scores[row] = drawn[row]
         return scores
 
+    def _scored_neurons(self, model: PreTrainedModel, stats: HeadStats | None) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(self.seed)
+        widths = self._scored_choice().layout.num_neurons
+        return tuple(torch.rand(width, generator=generator, dtype=torch.float64) for width in widths)
+
 
 @dataclass(kw_only=True, eq=False)
 class MagnitudeSelector(Selector):
-    """Keeps the heads with the largest weights (L2 norm over query, key, value and output)."""
+    """Keeps the heads with the largest weights (L2 norm over query, key, value and output), and such neurons."""
 
     name: ClassVar[str] = "magnitude"
+    scores_neurons_by_data: ClassVar[bool] = False
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats | None) -> torch.Tensor:
         return telling(weight_magnitude(model), "weight magnitude")
+
+    def _scored_neurons(self, model: PreTrainedModel, stats: HeadStats | None) -> tuple[torch.Tensor, ...]:
+        return neuron_magnitude(model)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,7 +64,7 @@ class EntropySelector(Selector):
     name: ClassVar[str] = "entropy"
 
     @property
-    def request(self) -> StatsRequest:
+    def _request(self) -> StatsRequest:
         """Attention entropy."""
         return StatsRequest(entropy=True)
 
@@ -63,7 +74,10 @@ class EntropySelector(Selector):
 
 @dataclass(kw_only=True, eq=False)
 class HisSelector(Selector):
-    """Keeps the heads whose mask the loss reacts to most: HIS = E|dL/dm| (Michel et al. 2019).
+    """Keeps the heads and neurons whose mask the loss reacts to most: HIS = E|dL/dm| (Michel et al. 2019).
+
+    Both are in the unit of the loss, to first order what it changes by when a head or a neuron goes, so within one budget
+    they are compared as they are.
 
     Args:
         granularity: What the absolute value is taken over: "sample" (the paper), "token" (its code, up to a scale per
@@ -81,7 +95,7 @@ class HisSelector(Selector):
             raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
 
     @property
-    def request(self) -> StatsRequest:
+    def _request(self) -> StatsRequest:
         """Head importance."""
         return StatsRequest(importance=True)
 
@@ -91,6 +105,11 @@ class HisSelector(Selector):
             norm = scores.nan_to_num().norm(dim=1, keepdim=True)
             scores = scores / torch.where(norm > 0, norm, 1)
         return scores
+
+    def _worth(self, with_neurons: bool) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
+        if self.per_layer_normalisation:
+            return super()._worth(with_neurons)
+        return self.scores, self.neuron_scores if with_neurons else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -103,6 +122,7 @@ class UsageSelector(Selector):
 
     name: ClassVar[str] = "usage"
     budget_kinds: ClassVar[tuple[str, ...]] = ("heads", "fraction", "flops", "latency", "quality")
+    takes_neurons: ClassVar[bool] = False
     per_layer: bool = True
 
     def _heads_with_choice(self, layout: HeadLayout) -> tuple[tuple[int, ...], ...]:

@@ -39,6 +39,7 @@ class CahpSelector(Selector):
 
     name: ClassVar[str] = "cahp"
     budget_kinds: ClassVar[tuple[str, ...]] = ("knee", "heads", "fraction")
+    takes_neurons: ClassVar[bool] = False
     signature_size: int = 32
     granularity: str = "batch"
     perplexity: float = 10
@@ -56,7 +57,7 @@ class CahpSelector(Selector):
             raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
 
     @property
-    def request(self) -> StatsRequest:
+    def _request(self) -> StatsRequest:
         """Signatures, and importance on the first quarter of the batches."""
         return StatsRequest(salience=True, signature_size=self.signature_size)
 

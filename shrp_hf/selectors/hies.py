@@ -42,6 +42,7 @@ class HiesSelector(HisSelector):
     best_alpha: float | None = field(init=False, default=None)
     alpha_curve: dict[float, float] = field(init=False, default_factory=dict, repr=False)
     _parts: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None, repr=False)
+    _total: float = field(init=False, default=1.0, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +53,7 @@ class HiesSelector(HisSelector):
                 raise ValueError(f'`alpha` must be in [0, 1) or "search", got {alpha!r}.')
 
     @property
-    def request(self) -> StatsRequest:
+    def _request(self) -> StatsRequest:
         """Head importance and attention entropy."""
         return StatsRequest(importance=True, entropy=True)
 
@@ -81,8 +82,16 @@ class HiesSelector(HisSelector):
         return plans[best]
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats) -> torch.Tensor:
-        self._parts = min_max(super()._scored(model, stats)), 1 - min_max(stats.entropy())
+        importance = super()._scored(model, stats)
+        self._total = float(importance.nansum())
+        self._parts = min_max(importance), 1 - min_max(stats.entropy())
         return self._set_alpha(self.grid[0] if isinstance(self.alpha, str) else self.alpha)
+
+    def _worth(self, with_neurons: bool) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
+        """Beside neurons, whose score is an importance, all heads together are worth their importance, divided by HIES."""
+        if self.per_layer_normalisation:
+            return super()._worth(with_neurons)
+        return self.scores / self.scores.nansum() * self._total, self.neuron_scores if with_neurons else None
 
     def _set_alpha(self, alpha: float) -> torch.Tensor:
         importance, focus = self._parts
