@@ -134,7 +134,15 @@ class ShrpTrainingArguments(TrainingArguments):
         return StageSchedule(conversions, round(len(layers) * per_layer * scale), max_steps)
 
     def stages_rate(self, layers: list[int], max_steps: int) -> Callable[[int], float]:
-        """Returns the share of `learning_rate` as a function of the step, for the conversion of `layers`."""
+        """Returns the share of `learning_rate` as a function of the step, over both stages.
+
+        Args:
+            layers: The layers to convert, in the order of conversion.
+            max_steps: Optimizer steps of both stages.
+
+        Raises:
+            ValueError: A schedule looks at more than the step.
+        """
         schedule, warmup = self.schedule(layers, max_steps), self.get_warmup_steps(max_steps)
         balance_type = self.balance_lr_scheduler_type
         if balance_type == "constant" and warmup:
