@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,34 @@ def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
         short = by_key[f"truncate-layers1-default-recovery0.25-seed{seed}"]
         assert short["train_examples"] == static["train_examples"] > 0
         assert len(short["kept"]) == 1
+
+
+def test_control_is_the_dense_model_trained_on_with_labels():
+    grid = Grid(truncate=(1,), recipes=("default", "paper"), recovery_epochs=(0, 2, None))
+    controls = {key: job for key, job in grid.jobs().items() if job.kind == "control"}
+    assert list(controls) == [
+        "control-default-recovery2-seed0",
+        f"control-default-recovery{RECIPES['default'].recovery_epochs:g}-seed0",
+        "control-paper-recovery2-seed0",
+    ]
+    assert RECIPES["default"].task_weight == 0
+    assert {job.recipe.task_weight for job in controls.values()} == {1.0}
+    assert all(job.needs == ("dense-seed0",) and job.is_cell for job in controls.values())
+    assert not [job for job in replace(grid, without_control=True).jobs().values() if job.kind == "control"]
+
+
+def test_shares_of_the_control_are_of_the_same_seed_and_training():
+    def cell(method, seed, quality, **fields):
+        return {"key": f"{method}-seed{seed}", "method": method, "seed": seed, "metrics": {"accuracy": quality}, **fields}
+
+    trained = {"recipe": "default", "recovery_epochs": 2}
+    cells = [cell("dense", seed, 0.5) for seed in (0, 1)]
+    cells += [cell("control", 0, 0.8, **trained), cell("control", 1, 0.6, **trained)]
+    cells += [cell("truncate", seed, 0.4, **trained) for seed in (0, 1)]
+    cells += [cell("his", seed, 0.4, recipe="default", recovery_epochs=3) for seed in (0, 1)]
+    *_, short, other = rows_of(cells)
+    assert short.against_control(lambda cell: cell["metrics"]["accuracy"]).mean == pytest.approx((0.4 / 0.8 + 0.4 / 0.6) / 2)
+    assert other.against_control(lambda cell: cell["metrics"]["accuracy"]) is None
 
 
 def test_experts_may_be_chosen_by_routers_or_by_scores(work, tmp_path, quick):
