@@ -323,6 +323,8 @@ def test_code_that_is_in_no_file_is_not_shipped(tmp_path):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         prune_heads(toy(), PLANS["some"]).save_pretrained(tmp_path, with_code=True)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        prune_heads(toy(), PLANS["some"]).push_to_hub("org/toy", with_code=True)
     assert not any(tmp_path.iterdir())
 
 

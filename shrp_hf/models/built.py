@@ -1,5 +1,6 @@
 """The Shrp classes of a family that has no files here, made of its stock classes and its layer map."""
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,48 @@ from .configuration_shrp import ShrpConfigFields
 from .layer_map import LayerMap
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin
 from .slicing import SilentAttention
+
+
+class BuiltMixin:
+    """What is different in a class that is in no file: its code cannot be shipped."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
+        """As in `ShrpModelMixin`, without code.
+
+        Args:
+            save_directory: Where to.
+            *args: As in Transformers.
+            with_code: True is refused.
+            **kwargs: As in Transformers.
+
+        Raises:
+            ValueError: Code is asked for.
+        """
+        self._check_no_code(with_code)
+        super().save_pretrained(save_directory, *args, with_code=False, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, with_code: bool = False, **kwargs: Any) -> str:
+        """As in `ShrpModelMixin`, without code.
+
+        Args:
+            repo_id: The repository.
+            *args: As in Transformers.
+            with_code: True is refused.
+            **kwargs: As in Transformers.
+
+        Raises:
+            ValueError: Code is asked for.
+        """
+        self._check_no_code(with_code)
+        return super().push_to_hub(repo_id, *args, with_code=False, **kwargs)
+
+    def _check_no_code(self, with_code: bool) -> None:
+        if with_code:
+            raise ValueError(
+                f"`with_code=True` needs a modeling file, but `{type(self).__name__}` was built by `register_family`: save "
+                "without code, and call `register_family` where it is loaded; or write the class in a file, and give it in "
+                "`model_classes`."
+            )
 
 
 def build_config(stock: type[PreTrainedConfig], layer_map: LayerMap) -> Any:
@@ -46,18 +89,15 @@ def build_model(stock: type[PreTrainedModel], config_class: Any, base: type[PreT
         "__module__": stock.__module__,
         "__doc__": f"`{stock.__name__}` with kept heads and neurons; built by `register_family`.",
         "config_class": config_class,
-        "has_code": False,
     }
     recorded = dict(getattr(stock, "_can_record_outputs", None) or {})
     if "attentions" in recorded:
         found = recorded["attentions"]
         recorded["attentions"] = [*(found if isinstance(found, list) else [found]), SilentAttention]
         fields["_can_record_outputs"] = recorded
-    bases: tuple[type, ...] = (ShrpBaseMixin, stock)
     if base is not None:
         fields["base_model_class"] = base
-        bases = (ShrpHeadMixin, stock)
-    return type(f"Shrp{stock.__name__}", bases, fields)
+    return type(f"Shrp{stock.__name__}", (BuiltMixin, ShrpBaseMixin if base is None else ShrpHeadMixin, stock), fields)
 
 
 def is_shrp(model_class: type) -> bool:

@@ -28,7 +28,6 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
     """Methods of every Shrp model, with or without a task head. Mixed in before the stock class."""
 
     auto_classes: ClassVar[Mapping[str, str]] = {}
-    has_code: ClassVar[bool] = True
     _no_split_modules: Any
     # The stock heads take `**kwargs` but ignore `num_items_in_batch`: without this, Trainer inflates the gradients.
     accepts_loss_kwargs = False
@@ -317,12 +316,6 @@ class ShrpModelMixin(PrunedLayersMixin, SafeWeightsMixin):
             del self._ships_code
 
     def _write_code(self, folder: Path) -> None:
-        if not self.has_code:
-            raise ValueError(
-                f"`with_code=True` needs a modeling file, but `{type(self).__name__}` was built by `register_family`: save "
-                "without code, and call `register_family` where it is loaded; or write the class in a file, and give it in "
-                "`model_classes`."
-            )
         source = Path(sys.modules[type(self).__module__].__file__)
         for path in [source, *map(Path, get_relative_import_files(source))]:
             shutil.copyfile(path, folder / path.name)

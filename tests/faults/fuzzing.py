@@ -17,6 +17,8 @@ OURS = (
     "expert_layers",
     "pending_layers",
     "kept_heads",
+    "intermediate_sizes",
+    "output_bias",
     "routed",
     "experts_per_sequence",
     "router_pooling",

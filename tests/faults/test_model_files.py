@@ -24,7 +24,7 @@ from tests.tiny import tiny_bert, tiny_routed
 
 SEEDS_EACH = int(os.environ.get("SEEDS", 3))
 CLEAR = (ValueError, OSError, ImportError, RuntimeError, StrictDataclassError)
-CUT = KeepPlan(((0, 3), (), (1,)), 4)
+CUT = KeepPlan(((0, 3), (), (1,)), 4, (range(9), range(64), ()), 64)
 STATIC = KeepPlan(((1, 2), (2,), (0, 3)), 4)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import tests.tiny
 from shrp_hf.budget import Budget
+from shrp_hf.families import head_layout
 from shrp_hf.head_stats import StatsRequest
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertModel
@@ -157,9 +158,19 @@ def check_padding(model: PreTrainedModel, case: dict) -> torch.Tensor:
     return right
 
 
+def drawn_neurons(model: PreTrainedModel, seed: int) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Some neurons of each layer, or none, or all; and how many there are."""
+    generator, widths = torch.Generator().manual_seed(seed), head_layout(model).num_neurons
+    kept = []
+    for width in widths:
+        share = int(torch.randint(4, (1,), generator=generator)) / 3
+        kept.append(torch.randperm(width, generator=generator)[: round(share * width)].tolist())
+    return kept, widths
+
+
 def check_pruned(case: dict) -> str:
     model = base_model(case)
-    plan = KeepPlan(case["kept"], case["heads"])
+    plan = KeepPlan(case["kept"], case["heads"]).with_neurons(*drawn_neurons(model, case["seed"]))
     inputs = padded(case, "right")
     with masked_heads(model, plan):
         expected = states(model, inputs)
@@ -169,7 +180,8 @@ def check_pruned(case: dict) -> str:
     assert_near(states(pruned, inputs), expected, case["dtype"])
     loaded = reloaded(pruned)
     assert same_state(loaded, pruned)
-    assert torch.equal(states(loaded, inputs), states(pruned, inputs))
+    # Not bit by bit: where rows are of odd lengths, kernels depend on where in memory a weight begins.
+    assert_near(states(loaded, inputs), states(pruned, inputs), case["dtype"])
     return "right"
 
 
@@ -238,10 +250,10 @@ def test_any_mask_gives_what_stock_bert_gives_and_never_nan(count):
 # --- values ---
 
 
-def check_plan(made: tuple[Any, Any]) -> str:
-    kept, heads = made
+def check_plan(made: tuple[Any, ...]) -> str:
+    kept, heads, *neurons = made
     plans = []
-    if is_refused(lambda: plans.append(KeepPlan(kept, heads))):
+    if is_refused(lambda: plans.append(KeepPlan(kept, heads, *neurons))):
         return "refused"
     plan = plans[0]
     assert all(0 <= head < plan.num_heads for layer in plan.kept for head in layer)
@@ -252,6 +264,8 @@ def check_plan(made: tuple[Any, Any]) -> str:
 def test_any_plan_is_right_or_refused(count):
     indices = st.lists(st.lists(st.integers(-1, 4), max_size=4), min_size=1, max_size=3)
     generate(count, st.tuples(WILD | indices, WILD | st.integers(1, 5)), check_plan)
+    widths = WILD | st.integers(0, 6) | st.lists(st.integers(0, 6), min_size=1, max_size=3)
+    generate(count, st.tuples(indices, st.just(5), WILD | indices, widths), check_plan, share=0.5)
 
 
 BERT = tests.tiny.tiny_bert(dtype=torch.float64)
@@ -275,7 +289,9 @@ def check_cut(plan: Any) -> str:
 def test_any_cut_is_right_or_refused(count):
     plans = PLANS.map(lambda kept: KeepPlan(kept, 5)) | PLANS.map(lambda kept: KeepPlan(tuple(k[:2] for k in kept), 5))
     fitting = st.lists(st.sets(st.integers(0, 3)), min_size=3, max_size=3).map(lambda kept: KeepPlan([*map(tuple, kept)], 4))
-    generate(count, V4 | plans | fitting | WILD, check_cut)
+    neurons = st.lists(st.sets(st.integers(0, 63)).map(tuple), min_size=3, max_size=3)
+    thin = st.tuples(fitting, neurons, st.sampled_from((64, 65))).map(lambda made: made[0].with_neurons(*made[1:]))
+    generate(count, V4 | plans | fitting | thin | WILD, check_cut)
 
 
 def check_budget(made: tuple[str, Any]) -> str:
@@ -297,6 +313,7 @@ def test_any_budget_is_right_or_refused(count):
 
 
 FIELDS = ("expert_layers", "pending_layers", "kept_heads", "routed", "experts_per_sequence", "router_pooling")
+FIELDS += ("intermediate_sizes", "output_bias", "intermediate_size")
 FIELDS += ("router_aux_loss_coef", "format_version", "num_attention_heads", "num_hidden_layers", "hidden_size")
 
 
@@ -318,6 +335,7 @@ def test_any_config_is_right_or_refused(count):
     layers = st.lists(st.integers(0, 3), max_size=3)
     heads = st.lists(st.sets(st.integers(0, 3)).map(sorted), min_size=3, max_size=3)
     good = {"expert_layers": layers, "pending_layers": layers, "kept_heads": heads, "routed": st.booleans()}
+    good |= {"intermediate_sizes": st.lists(st.integers(0, 9), min_size=2, max_size=3), "output_bias": st.booleans()}
     likely = st.fixed_dictionaries({}, optional=good | {"experts_per_sequence": st.integers(1, 5)})
     wild = st.dictionaries(st.sampled_from(FIELDS), WILD, min_size=1, max_size=2)
     generate(count, likely | wild, check_config)
