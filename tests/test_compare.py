@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from benchmarks import results as page
 from shrp_hf import cli
 from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
-from shrp_hf.compare.architectures import Shape, empty_model, first_layers
+from shrp_hf.compare.architectures import Shape, empty_model
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.figures import _panels
 from shrp_hf.compare.grid import ModelShape
@@ -30,7 +30,7 @@ from shrp_hf.recipes import RECIPES, Recipe
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.tasks.loading import load_task
 from tests.test_commands import BAD, FILLERS, GOOD
-from tests.tiny import batch, tiny_bert
+from tests.tiny import tiny_bert
 
 SETTINGS = {"batch_size": 8, "max_length": 16, "calibration_samples": 16, "signature_size": 4, "dsp_epochs": 0.5}
 SHAPE = ModelShape(num_layers=3, num_heads=4)
@@ -408,7 +408,7 @@ def test_claim_is_one_process_s_and_dies_with_it(tmp_path):
 def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path, quick, monkeypatch):
     from shrp_hf.compare import cells
 
-    monkeypatch.setattr(cells, "first_layers", lambda *args: 1 / 0)
+    monkeypatch.setattr(cells, "keep_layers", lambda *args: 1 / 0)
     grid = Grid(selectors=("magnitude",), keep=(0.5,), truncate=(2,), recovery_epochs=(0,), without_random=True)
     made = comparison(work, tmp_path, grid)
     errors = made.run()
@@ -421,18 +421,6 @@ def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path,
 
 
 # --- architectures ---
-
-
-def test_first_layers_are_the_dense_model_cut_short():
-    dense = to_shrp(tiny_bert())
-    short = first_layers(dense, 2)
-    with torch.no_grad():
-        hidden = dense(**batch(), output_hidden_states=True).hidden_states
-        found = short(**batch(), output_hidden_states=True).hidden_states
-    assert len(found) == 3
-    assert torch.equal(found[-1], hidden[2])
-    with pytest.raises(ValueError, match="`count` must be between 1 and the 3 layers of a dense model, got 4"):
-        first_layers(dense, 4)
 
 
 def test_empty_model_has_the_flops_of_the_cell():
@@ -594,7 +582,7 @@ def test_results_page_is_taken_up_and_tells_failures(work, tmp_path, monkeypatch
     assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
     assert f"Written: {tmp_path / 'sst2' / 'report.html'}" in capsys.readouterr().out
 
-    monkeypatch.setattr("shrp_hf.compare.cells.first_layers", lambda *args: 1 / 0)
+    monkeypatch.setattr("shrp_hf.compare.cells.keep_layers", lambda *args: 1 / 0)
     monkeypatch.setattr(page, "grids", lambda task, seeds: [Grid(truncate=(2,), seeds=seeds)])
     assert page.main(words) == 1
     assert "Failed: truncate-layers2-default-recovery0.25-seed0: " in capsys.readouterr().out

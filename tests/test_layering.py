@@ -23,6 +23,7 @@ ROWS = (
     ("tasks", "distillation", "dropout", "sampling", "teacher_outputs", "routing_log"),
     ("trainer", "dsp"),
     ("recipes",),
+    ("structures",),
     ("plots", "report"),
     ("record", "runs"),
     ("model_card",),

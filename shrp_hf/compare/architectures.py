@@ -1,4 +1,4 @@
-"""Models of a given architecture: the first layers of a dense model, and empty models to count and time."""
+"""The shapes of the cells of a comparison, and empty models of them to count and time."""
 
 import copy
 from collections.abc import Mapping
@@ -7,22 +7,6 @@ from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
-
-
-def first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """Returns a new model of the first `count` layers of a dense Shrp model; all else is the same.
-
-    Raises:
-        ValueError: The model has no that many layers, or is not dense.
-    """
-    config = copy.deepcopy(model.config)
-    if not 1 <= count <= config.num_hidden_layers or config.kept_heads is not None or config.expert_layers:
-        raise ValueError(f"`count` must be between 1 and the {config.num_hidden_layers} layers of a dense model, got {count}.")
-    config.num_hidden_layers = count
-    short = type(model)(config).to(model.device, model.dtype)
-    weights = model.state_dict()
-    short.load_state_dict({name: weights[name] for name in short.state_dict()})
-    return short.train(model.training)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from shrp_hf._version import __version__
 from shrp_hf.benchmark import count_flops, count_parameters
 from shrp_hf.budget import Budget
 from shrp_hf.checkpoints import open_tokenizer
-from shrp_hf.compare.architectures import first_layers
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
@@ -33,6 +32,7 @@ from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
+from shrp_hf.structures import keep_layers
 from shrp_hf.surgery import masked_heads, prune_heads
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
@@ -250,7 +250,8 @@ class Worker:
         dense, setup, count = self._dense(job.seed), self._setup(job), job.fields["layers"]
         # As many examples as the conversion of the layers that are gone.
         epochs = job.recipe.conversion_epochs(dense.config.num_hidden_layers - count)
-        model = recover(first_layers(dense, count), dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
+        short = keep_layers(dense, range(count))
+        model = recover(short, dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
         self._save(model, job.key)
         return {"train_examples": self._num_examples(setup, epochs)}
 
