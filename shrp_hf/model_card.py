@@ -24,6 +24,10 @@ METHODS = {
     "shrp-without-routers": "SHRP without routers: in the converted layers the heads that scored best in the dense model "
     "(`expert_selector` under the settings) became the experts at once, and one small shared expander stands where the "
     "feed-forward network was.",
+    "thin": "Thin layers: the heads (by HIS) and the FFN neurons that matter most to the loss stayed, and what was cut left "
+    "its mean contribution in the output biases.",
+    "first-layers": "The first layers of the model alone, each as it was.",
+    "spread-layers": "Some layers of the model, evenly spread over its depth, each as it was.",
     "hies": f"HIES. {_HEADS_SCORED}gradient importance and attention entropy together; the lowest went.",
     "his": f"HIS. {_HEADS_SCORED}the gradient of the loss with respect to the head's mask; the lowest went.",
     "cahp": "CAHP: heads were clustered over the whole model by how they tell the classes apart; the most important head "
@@ -106,7 +110,7 @@ def make_card(folder: Path, record: RunRecord) -> ModelCard:
         loading_section(record.auto_class, has_code=has_code, embeds=embeds),
         _quality(record),
         _cost(record),
-        _kept(record),
+        _kept(record, config.get("intermediate_sizes")),
         _making(record),
         _limits(record, embeds),
         _citation(record),
@@ -205,8 +209,9 @@ def _cost(record: RunRecord) -> str:
     return f"## Size and speed\n\n{table}\n\nFLOPs and times are of a forward pass over {batch_size} x {length} tokens.{text}"
 
 
-def _kept(record: RunRecord) -> str:
+def _kept(record: RunRecord, widths: Sequence[int] | None) -> str:
     total = record.kept.num_heads
+    header = ["layer", "kind", "kept", "heads"]
     rows = [
         [
             str(layer),
@@ -216,7 +221,10 @@ def _kept(record: RunRecord) -> str:
         ]
         for layer, heads in enumerate(record.kept.kept)
     ]
-    return f"## Kept heads\n\nBy their index in the unpruned model.\n\n{_table(['layer', 'kind', 'kept', 'heads'], rows)}"
+    if widths is not None:
+        header.append("neurons")
+        rows = [[*row, f"{width:,}" if width else ""] for row, width in zip(rows, widths, strict=True)]
+    return f"## Kept heads\n\nBy their index in the unpruned model.\n\n{_table(header, rows)}"
 
 
 def _making(record: RunRecord) -> str:

@@ -171,7 +171,7 @@ class RunRecord(_Checked):
     """How a model was made and what was measured; its card claims nothing else.
 
     Args:
-        method: "shrp", "shrp-without-routers", or the selector's name.
+        method: "shrp", "shrp-without-routers", "thin", "first-layers", "spread-layers", or the selector's name.
         base_model: Hub id, or "directory NAME", of what it was made from.
         auto_class: Auto class that opens it.
         kept: Heads (of an expert layer: experts) that stayed.

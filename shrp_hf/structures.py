@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.budget import Budget
+from shrp_hf.costs import CostTable
 from shrp_hf.families import head_layout
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import CALIBRATION_SAMPLES, Setup
 from shrp_hf.sampling import calibration_batches
-from shrp_hf.selectors import HisSelector
+from shrp_hf.selectors import HisSelector, NeuronImportanceSelector
 from shrp_hf.surgery import prune_heads, to_shrp
 
 _REQUEST = StatsRequest(importance=True, neurons=True, means=True)
@@ -81,6 +82,38 @@ def thin(
     HisSelector(budget=budget, neurons=True, per_layer=uniform).check(dense)
     stats = score(dense, setup) if stats is None else stats
     return cut(dense, thin_plan(dense, budget, stats, uniform=uniform), stats)
+
+
+def uniform_plan(dense: PreTrainedModel, heads: int, neurons: int, stats: HeadStats) -> KeepPlan:
+    """Chooses as many heads and as many neurons of every layer, those that matter most in it.
+
+    Args:
+        dense: The fine-tuned dense model.
+        heads: Heads of each layer.
+        neurons: FFN neurons of each layer.
+        stats: From `score`, of this model.
+
+    Raises:
+        ValueError: A layer has not as many.
+    """
+    layout = head_layout(dense)
+    width = max(layout.num_neurons)
+    if not 1 <= heads <= layout.num_heads or not 0 <= neurons <= width:
+        raise ValueError(
+            f"`heads` must be 1 to {layout.num_heads} and `neurons` 0 to {width}, those of a layer, got {heads} and {neurons}."
+        )
+    plan = HisSelector(budget=Budget.heads(heads * layout.num_layers), per_layer=True).select(dense, stats=stats)
+    return NeuronImportanceSelector(keep=neurons / width).select(dense, stats=stats, plan=plan)
+
+
+def thin_reach(dense: PreTrainedModel, table: CostTable) -> float:
+    """Returns how many times as fast thin layers can become, by a table: with the fewest heads and neurons in every layer.
+
+    Args:
+        dense: The dense model.
+        table: What heads and neurons cost.
+    """
+    return 1 / HisSelector(budget=Budget.speedup(1, table=table), neurons=True).least_share(dense)
 
 
 def cut(dense: PreTrainedModel, plan: KeepPlan, stats: HeadStats) -> PreTrainedModel:

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from shrp_hf import cli
 from shrp_hf.benchmark import Timing, count_flops
-from shrp_hf.compress import Candidate, Compression, CompressOptions, Targets, Trial, verdict
+from shrp_hf.compress import Compression, CompressOptions, Experts, Targets, Trial, verdict
 from shrp_hf.compress import run as compress_run
 from shrp_hf.compress.candidates import candidates, untrained, worthwhile
 from shrp_hf.compress.search import best, check_reachable, search
 from shrp_hf.compress.verdict import Verdict
+from shrp_hf.costs import flop_table
 from shrp_hf.recipes import Recipe
 from shrp_hf.surgery import to_shrp
 from shrp_hf.tasks import Task
@@ -80,6 +81,7 @@ def plain(tmp_path_factory):
 def _quick(request, monkeypatch):
     """Opens the result in a new process in one test only, and draws few resamples: both cost seconds."""
     monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 50)
+    monkeypatch.setattr(compress_run, "latency_table", flop_table)
     if "loads" not in request.node.name:
         monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
 
@@ -101,6 +103,7 @@ def trainings(monkeypatch):
 
 def compression(plain, folder, targets, held_out=None, reported=None, **options):
     predict = {} if held_out is None else {"predict": predict_by(held_out, reported)}
+    options.setdefault("structures", ("experts",))
     options.setdefault("force", held_out is None)  # a model of random weights is no better than the majority class
     return Compression(plain, TASK, folder, replace(QUICK, targets=targets, **options), measure=flop_time, **predict)
 
@@ -109,22 +112,22 @@ def compression(plain, folder, targets, held_out=None, reported=None, **options)
 
 
 def test_candidates_are_every_depth_with_powers_of_two_and_all_heads():
-    config = tiny_bert(num_attention_heads=12, hidden_size=48).config
-    assert {c.keep for c in candidates(config)} == {1, 2, 4, 8, 12}
-    assert {c.num_layers for c in candidates(config)} == {1, 2, 3}
-    assert candidates(config, (2,)) == [Candidate(1, 2), Candidate(2, 2), Candidate(3, 2)]
-    assert list(Candidate(2, 1).layers(6)) == [4, 5]
+    model = tiny_bert(num_attention_heads=12, hidden_size=48)
+    assert {c.keep for c in candidates(model, ["experts"])} == {1, 2, 4, 8, 12}
+    assert {c.num_layers for c in candidates(model, ["experts"])} == {1, 2, 3}
+    assert candidates(model, ["experts"], (2,)) == [Experts(1, 2), Experts(2, 2), Experts(3, 2)]
+    assert list(Experts(2, 1).layers(6)) == [4, 5]
 
 
 @pytest.mark.parametrize("experts", [(), (0, 1), (1, 5)], ids=["none", "zero", "too many"])
 def test_numbers_of_experts_out_of_range_are_refused(experts):
     with pytest.raises(ValueError, match="`experts` must be between 1 and 4, the heads of a layer, got"):
-        candidates(tiny_bert().config, experts)
+        candidates(tiny_bert(), None, experts)
 
 
 def test_untrained_shape_is_that_of_the_candidate_and_the_dense_model_is_left_alone():
     dense, before = to_shrp(tiny_bert()), to_shrp(tiny_bert())
-    model = untrained(dense, Candidate(2, 3))
+    model = untrained(dense, Experts(2, 3))
     assert model.config.expert_layers == [1, 2]
     assert [len(model.config.heads_of(i)) for i in range(3)] == [4, 3, 3]
     assert not model.config.routed
@@ -137,19 +140,19 @@ def test_untrained_shape_is_that_of_the_candidate_and_the_dense_model_is_left_al
 
 def test_beaten_and_slow_candidates_are_not_worth_training():
     speeds = {
-        Candidate(1, 1): 1.4,
-        Candidate(1, 2): 1.45,  # measured faster with more experts: noise, and 1x1 is not worth trying
-        Candidate(1, 4): 0.98,  # slower than dense
-        Candidate(2, 1): 2.0,
-        Candidate(2, 2): 1.3,  # slower than 1x2, which is expected to be better
-        Candidate(2, 4): 1.1,
+        Experts(1, 1): 1.4,
+        Experts(1, 2): 1.45,  # measured faster with more experts: noise, and 1x1 is not worth trying
+        Experts(1, 4): 0.98,  # slower than dense
+        Experts(2, 1): 2.0,
+        Experts(2, 2): 1.3,  # slower than 1x2, which is expected to be better
+        Experts(2, 4): 1.1,
     }
-    assert worthwhile(speeds) == [Candidate(2, 4), Candidate(1, 2), Candidate(2, 1)]
+    assert worthwhile(speeds) == [Experts(2, 4), Experts(1, 2), Experts(2, 1)]
 
 
 # --- search ---
 
-SPEEDS = {Candidate(n, k): n + 1 - k / 10 for n in range(1, 6) for k in (1, 2, 4)}
+SPEEDS = {Experts(n, k): n + 1 - k / 10 for n in range(1, 6) for k in (1, 2, 4)}
 ORDERED = sorted(SPEEDS, key=SPEEDS.get)
 
 
@@ -209,7 +212,7 @@ def test_unreachable_speed_names_the_best():
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_reachable(SPEEDS, Targets(7), 6)
     with pytest.raises(ValueError, match="No candidate runs faster than the dense model"):
-        check_reachable({Candidate(1, 1): 0.9}, Targets(None, 0.9), 6)
+        check_reachable({Experts(1, 1): 0.9}, Targets(None, 0.9), 6)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_targets_out_of_range_are_refused(speedup, keep_quality, message):
 
 
 def test_undefined_quality_is_neither_the_best_nor_a_number():
-    found = [Trial(Candidate(n, 1), quality, quality / 0.8, 2.0 + n) for n, quality in ((1, 0.4), (2, math.nan), (3, 0.3))]
+    found = [Trial(Experts(n, 1), quality, quality / 0.8, 2.0 + n) for n, quality in ((1, 0.4), (2, math.nan), (3, 0.3))]
     for targets in (Targets(speedup=1.5), Targets(speedup=9), Targets(keep_quality=0.1), Targets(keep_quality=0.9)):
         for order in (found, found[::-1], found[1:] + found[:1]):
             assert not math.isnan(best(order, targets).quality)
@@ -266,7 +269,7 @@ def test_speed_alone_ends_with_a_model_that_loads_and_a_report(plain, tmp_path, 
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# moods: at least 1.9x the speed\n\n**The target is met**: 2 of 3 layers converted, 2 experts")
     assert "95% interval" in report
-    assert "| 2x2 | 2 of 3 | 2 | 2.0" in report
+    assert "| 2x2 | 2 of 3 layers converted, 2 experts in each | 2.0" in report
     summary = json.loads((tmp_path / "compress.json").read_text(encoding="utf-8"))
     assert summary["met"]
     assert summary["chosen"]["speedup"] == verdict.chosen.speedup >= 1.9
@@ -276,7 +279,7 @@ def test_quality_alone_finds_the_fastest_that_holds_it(plain, tmp_path, training
     accuracy = {0: 1.0, 1: 0.95, 2: 0.9, 3: 0.5}
     verdict = compression(plain, tmp_path, Targets(keep_quality=0.85), accuracy, accuracy).run()
     assert verdict.met
-    assert verdict.chosen.candidate == Candidate(2, 1)
+    assert verdict.chosen.candidate == Experts(2, 1)
     assert trainings.count("routed-2") == 1  # one conversion serves every number of experts
     assert "The target of 85.0% **also holds** there" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -341,15 +344,15 @@ def test_run_that_was_interrupted_trains_nothing_twice(plain, tmp_path, training
 
 def test_speeds_are_kept_unless_they_are_of_another_machine(plain, tmp_path):
     job = compression(plain, tmp_path, Targets(2))
-    speeds = job.speeds()
+    speeds = job.speeds(job.choices)
     path = tmp_path / "speeds.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
     stored["predicted"] = {name: 1.5 for name in stored["predicted"]}
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert set(job.speeds().values()) == {1.5}
+    assert set(job.speeds(job.choices).values()) == {1.5}
     stored["on"]["machine"] = "1 x abacus"
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert job.speeds() == speeds
+    assert job.speeds(job.choices) == speeds
 
 
 def test_dense_model_is_fine_tuned_first_when_asked_to(plain, tmp_path):
@@ -368,7 +371,7 @@ def test_dense_model_is_fine_tuned_first_when_asked_to(plain, tmp_path):
 
 
 def refused(plain, folder, message, targets=None, task=TASK, **options):
-    chosen = replace(QUICK, targets=targets or Targets(2), **options)
+    chosen = replace(QUICK, targets=targets or Targets(2), structures=("experts",), **options)
     with pytest.raises(ValueError, match=r".") as error:
         Compression(plain, task, folder, chosen, measure=flop_time).run()
     assert message in str(error.value)
@@ -393,7 +396,7 @@ def test_dense_model_that_has_learned_nothing_is_refused(plain, tmp_path, traini
     forced = compression(plain, tmp_path, Targets(speedup=1.9), majority, force=True)
     assert forced.run().met
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| majority class (negative) | | | | | 0.5000 | | |" in table
+    assert "| majority class (negative) | | | | 0.5000 | | |" in table
     assert "| majority class (negative) | 0.500 (0.352 to 0.648) | - |" in table
 
 
@@ -455,6 +458,7 @@ def test_command_says_by_its_exit_code_whether_the_target_was_met(plain, tmp_pat
         (folder / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n", encoding="utf-8")
     accuracy = {0: 1.0, 1: 0.5, 2: 0.5, 3: 0.5}
     words = [plain, "--dataset", folder, "--output", tmp_path / "out", "--shape", "2x16", "--experts", "1,2"]
+    words += ["--structures", "experts"]
     words += ["--speedup", 2, "--max-trials", 1, "--batch-size", 8, "--examples-per-epoch", 8, "--recovery-epochs", 0]
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "predict", predict_by(accuracy))

@@ -17,7 +17,7 @@ from shrp_hf.budget import Budget, Serving
 from shrp_hf.costs import flop_table
 from shrp_hf.head_stats import StatsRequest
 from shrp_hf.recipes import Setup, find_recipe, recover
-from shrp_hf.structures import cut, keep_layers, score, spread_layers, thin, thin_plan
+from shrp_hf.structures import cut, keep_layers, score, spread_layers, thin, thin_plan, thin_reach, uniform_plan
 from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
 from tests.tiny import assert_near, batch, randomize_, same_state, tiny_bert
 
@@ -159,3 +159,25 @@ def test_spread_layers_hold_both_ends():
             assert len(chosen) == count
     with pytest.raises(ValueError, match="`count` must be between 1 and the 6 layers of the model, got 7"):
         spread_layers(6, 7)
+
+
+def test_reach_is_the_highest_speed_that_can_be_planned(setup):
+    dense = to_shrp(tiny_bert(num_labels=3))
+    stats, table = score(dense, setup), flop_table(dense, AT)
+    reach = thin_reach(dense, table)
+    plan = thin_plan(dense, Budget.speedup(reach, table=table), stats)
+    assert [len(heads) for heads in plan.kept] == [1, 1, 1]
+    with pytest.raises(ValueError, match="the least that can be reached"):
+        thin_plan(dense, Budget.speedup(1.01 * reach, table=table), stats)
+
+
+def test_uniform_plan_keeps_what_matters_most_in_each_layer(setup):
+    dense = to_shrp(tiny_bert(num_labels=3))
+    stats = score(dense, setup)
+    plan = uniform_plan(dense, 2, 24, stats)
+    assert [set(heads) for heads in plan.kept] == [set(row.topk(2).indices.tolist()) for row in stats.importance()]
+    assert [set(n) for n in plan.neurons] == [set(row.topk(24).indices.tolist()) for row in stats.neuron_importance()]
+    for heads, neurons in ((0, 24), (5, 24), (2, 65), (2, -1)):
+        message = f"`heads` must be 1 to 4 and `neurons` 0 to 64, those of a layer, got {heads} and {neurons}."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            uniform_plan(dense, heads, neurons, stats)

@@ -22,6 +22,7 @@ from shrp_hf.cli.app import (
     app,
     console,
     leave,
+    list_option,
     read_task,
 )
 
@@ -40,6 +41,12 @@ def compress(
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
     device: Annotated[str, typer.Option(help="Where to measure speed: cpu or cuda.")] = "cpu",
+    structures: Annotated[
+        list | None,
+        list_option(
+            str, "What it may become: thin, uniform, experts, spread, first; default all that the model can.", "names"
+        ),
+    ] = None,
     experts: Annotated[
         str | None, typer.Option(help="Experts per layer to consider, such as 1,2,4; default 1, 2, 4, ... to all.")
     ] = None,
@@ -59,10 +66,12 @@ def compress(
 ) -> None:
     """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
 
-    Measures how fast every depth of conversion (SHRP) with every number of experts runs on this machine, and refuses a
-    speed-up that none reaches. Then it trains candidates until the targets are met, by measured speed and by quality on
-    rows held out of the training set. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png`
-    and `compress.json`. Started again, with the same or other targets, it trains nothing twice.
+    A candidate is thin layers (few heads and neurons, searched layer by layer by the time that they take on this machine, or
+    uniform), expert layers (SHRP; BERT and RoBERTa), or fewer layers (evenly spread, or the first). It measures how fast each
+    runs here, and refuses a speed-up that none reaches. Then it trains candidates, the most promising first, and chooses by
+    measured speed and by quality on rows held out of the training set. The best so far is always in `model`, and Ctrl-C keeps
+    it. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png` and `compress.json`. Started again,
+    with the same or other targets, it trains nothing twice.
 
     Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
     what it reaches. 4: the written model does not give the same outputs in a new process. 1: an error.
@@ -79,6 +88,7 @@ def compress(
         Targets(speedup, keep_quality),
         shape=(batch_size_measured, length),
         device=device,
+        structures=None if structures is None else tuple(structures),
         experts=None if experts is None else _numbers("experts", experts, ","),
         max_trials=max_trials,
         recipe=find_recipe(

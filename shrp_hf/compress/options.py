@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shrp_hf.compress.candidates import STRUCTURES
 from shrp_hf.compress.search import Targets
 from shrp_hf.recipes import RECIPES, Recipe
 from shrp_hf.report import BENCHMARK_SHAPE
+
+_FREE = ("targets", "structures", "max_trials", "force")
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class CompressOptions:
         targets: What must be reached.
         shape: Sequences and tokens per call at which speed is measured.
         device: Where speed is measured.
+        structures: What a candidate may be, names in `STRUCTURES`; None: all that the model's family can be.
         experts: Numbers of experts per layer to consider; None: 1, 2, 4 and so on, up to all heads.
         max_trials: Most candidates to train.
         recipe: How they are converted and recovered.
@@ -28,12 +32,13 @@ class CompressOptions:
         force: Go on with a dense model that is no better than the majority class.
 
     Raises:
-        ValueError: `max_trials` is below 1.
+        ValueError: `max_trials` is below 1, a structure is unknown, or `experts` are given where none may be.
     """
 
     targets: Targets
     shape: tuple[int, int] = BENCHMARK_SHAPE
     device: str = "cpu"
+    structures: tuple[str, ...] | None = None
     experts: tuple[int, ...] | None = None
     max_trials: int = 6
     recipe: Recipe = RECIPES["default"]
@@ -48,8 +53,14 @@ class CompressOptions:
     def __post_init__(self) -> None:
         if self.max_trials < 1:
             raise ValueError(f"`max_trials` must be at least 1, got {self.max_trials}.")
+        if self.structures is None:
+            return
+        if not self.structures or set(self.structures) - set(STRUCTURES):
+            raise ValueError(f"`structures` must be some of {', '.join(STRUCTURES)}, got {list(self.structures)}.")
+        if self.experts is not None and "experts" not in self.structures:
+            raise ValueError(f"`experts` {list(self.experts)} is about expert layers, which `structures` leaves out.")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the trained candidates depend on: all but the targets and `force`, which may be changed in one directory."""
-        return {name: value for name, value in asdict(self).items() if name not in ("targets", "max_trials", "force")}
+        """What the trained candidates depend on: all but `_FREE`, which may be changed in one directory."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}

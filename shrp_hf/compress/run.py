@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,20 @@ from transformers import (
 )
 
 from shrp_hf.benchmark import Timing, measure_throughput
+from shrp_hf.budget import Budget, Serving
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.compress.candidates import (
     DENSE,
     Candidate,
+    Experts,
+    FirstLayers,
     Measure,
+    Thin,
+    Uniform,
     candidates,
+    possible,
     predict_speeds,
+    rungs,
     speed_table,
     untrained,
     worthwhile,
@@ -34,12 +42,18 @@ from shrp_hf.compress.candidates import (
 from shrp_hf.compress.options import CompressOptions
 from shrp_hf.compress.search import Trial, best, check_reachable, search, share_text
 from shrp_hf.compress.verdict import Verdict, write_verdict
+from shrp_hf.costs import CostTable, flop_table, latency_table
 from shrp_hf.environment import environment
+from shrp_hf.head_stats import HeadStats
 from shrp_hf.lengths import fitting_length
+from shrp_hf.model_card import CARD_NAME
+from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import check_drawable
 from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
+from shrp_hf.record import RECORD_NAME
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_output, claim, kept_model, problem_when_reopened
+from shrp_hf.structures import cut, keep_layers, score, thin_plan, thin_reach, uniform_plan
 from shrp_hf.tasks.baseline import check_learned
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task, for_json, shown
@@ -60,15 +74,15 @@ class Compression:
             encoder, with `dense_epochs`.
         task: Its task.
         output: Directory for `model` (the result), `report.md`, `trials.png`, `compress.json`, and for what a run that is
-            taken up needs: `dense`, `routed`, `trials`, `speeds.json`.
+            taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`, `speeds.json`.
         options: The targets, and how to train.
         measure: Times models; stands in for `measure_throughput` in tests.
         predict: Predicts rows; stands in for `predict_on` in tests.
         bar: Shows how far each training is, in place of what `Trainer` prints.
 
     Raises:
-        ValueError: The model is not fine-tuned on this task or does not open whole, its family has no expert layers, it is
-            already converted or pruned, or the directory holds another run, or the model itself.
+        ValueError: The model is not fine-tuned on this task or does not open whole, its family has none of the structures, it
+            is already converted or pruned, or the directory holds another run, or the model itself.
         ImportError: matplotlib, which draws `trials.png`, is not installed.
     """
 
@@ -92,8 +106,15 @@ class Compression:
         batch_size, length = options.shape
         options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
         self.options = options
-        self.choices = candidates(self.source.config, options.experts)
-        untrained(self.source, self.choices[0])  # refuses, by name, what cannot be converted
+        config = self.source.config
+        if config.kept_heads is not None or config.intermediate_sizes is not None or config.expert_layers:
+            raise ValueError(
+                f"`{model_name}` cannot be compressed: this model is already pruned or converted. Give the dense one."
+            )
+        self.structures = options.structures or possible(self.source, options.experts is not None)
+        self.choices = candidates(self.source, self.structures, options.experts)
+        for structure in self.structures:  # refuses, by name, what the family cannot be
+            untrained(self.source, next((c for c in self.choices if c.structure == structure), FirstLayers(1)))
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
         claim(output, {"model": model_name, **task.identity, **options.identity})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
@@ -121,9 +142,13 @@ class Compression:
         options, targets = self.options, self.options.targets
         total = self.source.config.num_hidden_layers
         say(f"1/5 measuring the speed of {len(self.choices)} shapes, before anything is trained")
-        speeds = self.speeds()
-        show(speed_table(speeds, targets.speedup))
-        check_reachable(speeds, targets, total)
+        speeds = self.speeds(self.choices)
+        reach = thin_reach(self.source, self.table) if "thin" in self.structures else 0.0
+        if speeds:
+            show(speed_table(speeds, targets.speedup))
+        if reach:
+            show(f"Thin layers, by the table of times: up to {reach:.2f}x")
+        check_reachable(speeds, targets, total, reach)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
         show(f"Held-out {headline} of the dense model: {shown(quality)}")
@@ -134,20 +159,15 @@ class Compression:
                 f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
             )
         say(f"3/5 training candidates: {targets}")
-
-        def attempt(candidate: Candidate) -> Trial:
-            show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
-            trial = self.attempt(candidate, quality)
-            found = f"held-out {headline} {shown(trial.quality)} ({share_text(trial.retention)} of dense)"
-            show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
-            return trial
-
-        trials = search(worthwhile(speeds), speeds, targets, attempt, options.max_trials)
+        if reach:
+            planned = self.speeds(self.searched(reach))
+            show(speed_table(planned, targets.speedup))
+            speeds = {**planned, **speeds}
+            check_reachable(speeds, targets, total)
+        trials = self._search(speeds, quality, show)
         chosen = best(trials, targets)
-        say(f"4/5 saving {chosen.candidate.name}, opening it in a new process")
-        result = self._load(self.output / "trials" / chosen.candidate.name)
-        self.tokenizer.save_pretrained(self.output / "model")
-        result.save_pretrained(self.output / "model")
+        say(f"4/5 {chosen.candidate.name} is saved: opening it in a new process")
+        result = self._published(chosen.candidate)
         problem = problem_when_reopened(self.output / "model", result, self.data["test"], self.tokenizer)
         say("5/5 verifying on the reported rows")
         verdict = Verdict(self.model_name, options, total, quality, speeds, tuple(trials), chosen, problem)
@@ -156,16 +176,75 @@ class Compression:
         write_verdict(verdict, self.task, self.output, models, predictions, self._timings(chosen.candidate))
         return verdict
 
-    def speeds(self) -> dict[Candidate, float]:
-        """Returns the predicted speed-up of every candidate, measured unless it was measured on this machine before."""
-        source = self.source.to(self.options.device)
+    def _search(self, speeds: dict[Candidate, float], quality: float, show: Say) -> list[Trial]:
+        """Trains candidates; whenever one is the best so far it is in `model`, for whoever does not want to wait."""
+        targets, total, headline = self.options.targets, self.source.config.num_hidden_layers, self.task.headline
+        done: list[Trial] = []
 
-        def predicted() -> dict[str, float]:
-            speeds = predict_speeds(source, self.choices, self.options.shape, self.measure)
-            return {candidate.name: speed for candidate, speed in speeds.items()}
+        def attempt(candidate: Candidate) -> Trial:
+            show(f"{candidate.name}: {candidate.describe(total)}, predicted {speeds[candidate]:.2f}x")
+            trial = self.attempt(candidate, quality)
+            found = f"held-out {headline} {shown(trial.quality)} ({share_text(trial.retention)} of dense)"
+            show(f"{candidate.name}: {trial.speedup:.2f}x, {found}")
+            done.append(trial)
+            if best(done, targets) is trial:
+                self._published(candidate)
+                show(f"{candidate.name} is the best so far: it is in `model`. Ctrl-C ends the search and keeps it.")
+            return trial
 
-        stored = self._measured("predicted", predicted)
-        return {candidate: stored[candidate.name] for candidate in self.choices}
+        return search(worthwhile(speeds), speeds, targets, attempt, self.options.max_trials)
+
+    def _published(self, candidate: Candidate) -> PreTrainedModel:
+        """Writes a trained candidate to `model`, unless it is there, and returns it."""
+        result, folder = self._load(self.output / "trials" / candidate.name), self.output / "model"
+        for name in (CARD_NAME, RECORD_NAME):  # of what was there before
+            (folder / name).unlink(missing_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        result.save_pretrained(folder)
+        return result
+
+    def speeds(self, choices: list[Candidate]) -> dict[Candidate, float]:
+        """Returns the predicted speed-up of candidates; those that were not measured on this machine before are.
+
+        Args:
+            choices: The candidates.
+        """
+        stored = self._stored()
+        known = stored.setdefault("predicted", {})
+        missing = [candidate for candidate in choices if candidate.name not in known]
+        if missing:
+            source = self.source.to(self.options.device)
+            predicted = predict_speeds(source, missing, self.options.shape, self.measure)
+            known |= {candidate.name: speed for candidate, speed in predicted.items()}
+            self._store(stored)
+        return {candidate: known[candidate.name] for candidate in choices}
+
+    @cached_property
+    def table(self) -> CostTable:
+        """What heads and neurons cost: seconds on this machine's CPU; on a GPU, where no table is measured, FLOPs."""
+        at = Serving(*self.options.shape)
+        return latency_table(self.source.cpu(), at) if self.options.device == "cpu" else flop_table(self.source, at)
+
+    @cached_property
+    def stats(self) -> HeadStats:
+        """Scores of the dense model's heads and neurons on training rows, from one pass."""
+        return score(self.dense(), self.setup, cache=self.output / "scores.safetensors")
+
+    def searched(self, reach: float) -> list[Candidate]:
+        """Plans thin layers at several speed-ups, unless they were planned before; the same plan is listed once.
+
+        Args:
+            reach: The highest speed-up that the table allows.
+        """
+        found: dict[KeepPlan, Candidate] = {}
+        for times in rungs(self.options.targets.speedup, reach):
+            path = self.output / "plans" / f"{times:g}x.json"
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                thin_plan(self.dense(), Budget.speedup(times, table=self.table), self.stats).to_json(path)
+            plan = KeepPlan.from_json(path)
+            found.setdefault(plan, Thin(times, plan))
+        return list(found.values())
 
     def dense(self) -> PreTrainedModel:
         """Returns the dense model, fine-tuned first if need be."""
@@ -190,18 +269,31 @@ class Compression:
         return Trial(candidate, quality, quality / dense_quality if dense_quality > 0 else math.nan, speedup)
 
     def _train(self, candidate: Candidate) -> PreTrainedModel:
+        dense = self.dense()
+        if isinstance(candidate, Experts):
+            student = self._converted(candidate)
+        elif isinstance(candidate, FirstLayers):
+            student = keep_layers(dense, candidate.layers(dense.config.num_hidden_layers))
+        elif isinstance(candidate, Uniform):
+            student = cut(dense, uniform_plan(dense, candidate.heads, candidate.neurons, self.stats), self.stats)
+        elif isinstance(candidate, Thin):
+            student = cut(dense, candidate.plan, self.stats)
+        else:
+            raise TypeError(f"{candidate!r} is no candidate that can be trained.")
+        # The dense model is read anew for each training: a teacher comes back frozen.
+        return recover(student, self.dense(), self.setup, self.options.recipe, name=f"static-{candidate.name}")
+
+    def _converted(self, candidate: Experts) -> PreTrainedModel:
         recipe, layers = self.options.recipe, candidate.layers(self.source.config.num_hidden_layers)
         # One conversion with routers serves every number of experts.
         kind, shape = ("routed", str(candidate.num_layers)) if recipe.routes else ("converted", candidate.name)
         name = f"{kind}-{shape}"
-        # The dense model is read anew for each training: a teacher comes back frozen.
         converted = self._kept(
             f"{kind}/{shape}",
             name,
             lambda: convert(self.dense(), layers, self.setup, recipe, keep=candidate.keep, name=name),
         )
-        static = without_routers(converted, candidate.keep)
-        return recover(static, self.dense(), self.setup, recipe, name=f"static-{candidate.name}")
+        return without_routers(converted, candidate.keep)
 
     def _kept(self, folder: str, training: str, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         model = kept_model(self.output / folder, self.tokenizer, make)
@@ -226,18 +318,20 @@ class Compression:
             timings = self.measure(models, *self.options.shape, num_rounds=10)
             return {name: asdict(timing) for name, timing in timings.items()}
 
-        stored = self._measured(candidate.name, verified)
-        return {name: Timing(**{**timing, "seconds": tuple(map(tuple, timing["seconds"]))}) for name, timing in stored.items()}
+        stored = self._stored()
+        if candidate.name not in stored:
+            stored[candidate.name] = verified()
+            self._store(stored)
+        found = stored[candidate.name]
+        return {name: Timing(**{**timing, "seconds": tuple(map(tuple, timing["seconds"]))}) for name, timing in found.items()}
 
-    def _measured(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns what `speeds.json` holds under `key`, made first if it is not there or of another machine."""
+    def _stored(self) -> dict[str, Any]:
+        """Returns what `speeds.json` holds; nothing where it is of another machine."""
         path = self.output / "speeds.json"
         machine = {name: value for name, value in environment().items() if name in ("machine", "gpu", "torch")}
         machine["threads"] = str(torch.get_num_threads())
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if stored.get("on") != machine:
-            stored = {"on": machine}
-        if key not in stored:
-            stored[key] = make()
-            write_text(path, json.dumps(stored) + "\n")
-        return stored[key]
+        return stored if stored.get("on") == machine else {"on": machine}
+
+    def _store(self, stored: dict[str, Any]) -> None:
+        write_text(self.output / "speeds.json", json.dumps(stored) + "\n")

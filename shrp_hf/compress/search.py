@@ -1,10 +1,11 @@
 """Which candidate to train next, and which of the trained ones to take: no files, no models."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 
-from shrp_hf.compress.candidates import Candidate
+from shrp_hf.compress.candidates import STRUCTURES, Candidate
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,29 @@ def share_text(value: float, form: str = ".1%") -> str:
     return f"{value:{form}}" if math.isfinite(value) else "-"
 
 
-def check_reachable(speeds: Mapping[Candidate, float], targets: Targets, total: int) -> None:
+def check_reachable(speeds: Mapping[Candidate, float], targets: Targets, total: int, thin: float = 0.0) -> None:
     """Refuses a speed-up that no candidate reaches, before anything is trained.
 
+    Args:
+        speeds: Speed-up of each candidate.
+        targets: What must be reached.
+        total: Layers of the model.
+        thin: What thin layers reach at most, by the table of times, where they are still to be planned.
+
     Raises:
-        ValueError: Names the fastest candidate; or no candidate is faster than the dense model.
+        ValueError: Names the fastest; or nothing is faster than the dense model.
     """
-    fastest = max(speeds, key=lambda candidate: speeds[candidate])
-    if speeds[fastest] <= 1:
+    fastest = max(speeds, key=lambda candidate: speeds[candidate], default=None)
+    reach = max(thin, 0.0 if fastest is None else speeds[fastest])
+    if reach <= 1:
         raise ValueError("No candidate runs faster than the dense model at this `shape` on this machine: try a larger one.")
-    if not targets.fast_enough(speeds[fastest]):
+    if not targets.fast_enough(reach):
+        what = (
+            f"the fastest of {len(speeds)} candidates ({fastest.describe(total)}) runs" if reach > thin else "thin layers run"
+        )
         raise ValueError(
-            f"`speedup` {targets.speedup:g} is out of reach on this machine: the fastest of {len(speeds)} candidates "
-            f"({fastest.describe(total)}) runs {speeds[fastest]:.2f}x as fast as the dense model. Ask for at most "
-            f"{int(speeds[fastest] * 100) / 100:g}, or measure at another `shape`."
+            f"`speedup` {targets.speedup:g} is out of reach on this machine: {what} {reach:.2f}x as fast as the dense model. "
+            f"Ask for at most {int(reach * 100) / 100:g}, or measure at another `shape`."
         )
 
 
@@ -94,11 +104,15 @@ def search(
     attempt: Callable[[Candidate], Trial],
     max_trials: int,
 ) -> list[Trial]:
-    """Trains candidates until the targets are met; which of the trials to take is `best`'s to say.
+    """Trains candidates, the most promising structure first; which of the trials to take is `best`'s to say.
 
-    With a speed-up to reach, the candidates whose shape reaches it take turns by expected quality; the first that meets
-    all targets ends the search, so one that misses by the noise of a measurement is followed by a faster one. With a
-    quality alone, bisection finds the fastest candidate that holds it, taking quality to fall as speed rises.
+    With a speed-up to reach, the candidates whose shape reaches it take turns: the best that is expected of each structure,
+    then the second best of each. With a quality to keep as well, the first that meets both ends the search; without, each
+    structure is tried until one of its candidates is fast enough when it is measured again, and the best in quality is to
+    be taken. With a quality alone, bisection finds the fastest candidate of a structure that holds it, taking quality to
+    fall as speed rises; the next structures are only tried where they are faster than what holds it so far.
+
+    A trial that is interrupted (Ctrl-C) ends the search with those before it, if there is one.
 
     Args:
         ordered: Candidates worth training, by speed; from `worthwhile`.
@@ -110,20 +124,47 @@ def search(
     Returns:
         The trials in the order in which they were made, at least one.
     """
+    groups = [[c for c in ordered if c.structure == structure] for structure in STRUCTURES]
     trials: list[Trial] = []
-    if targets.speedup is None:
-        slow, fast = -1, len(ordered)
-        while fast - slow > 1 and len(trials) < max_trials:
-            middle = (slow + fast) // 2
-            trials.append(attempt(ordered[middle]))
-            slow, fast = (middle, fast) if trials[-1].meets(targets) else (slow, middle)
-        return trials
-    reaching = [candidate for candidate in ordered if targets.fast_enough(speeds[candidate])]
-    for candidate in sorted(reaching, key=lambda candidate: candidate.expected_rank)[:max_trials]:
-        trials.append(attempt(candidate))
-        if trials[-1].meets(targets):
+    walk = _bisection if targets.speedup is None else _turns
+    for candidate in islice(walk(groups, speeds, targets, trials), max_trials):
+        try:
+            trials.append(attempt(candidate))
+        except KeyboardInterrupt:
+            if not trials:
+                raise
             break
     return trials
+
+
+def _bisection(
+    groups: list[list[Candidate]], speeds: Mapping[Candidate, float], targets: Targets, trials: list[Trial]
+) -> Iterator[Candidate]:
+    """Yields what to train next; the caller appends its trial before it asks again."""
+    for group in groups:
+        held = max((trial.speedup for trial in trials if trial.meets(targets)), default=0.0)
+        faster = [candidate for candidate in group if speeds[candidate] > held]
+        slow, fast = -1, len(faster)
+        while fast - slow > 1:
+            middle = (slow + fast) // 2
+            yield faster[middle]
+            slow, fast = (middle, fast) if trials[-1].meets(targets) else (slow, middle)
+
+
+def _turns(
+    groups: list[list[Candidate]], speeds: Mapping[Candidate, float], targets: Targets, trials: list[Trial]
+) -> Iterator[Candidate]:
+    """Yields what to train next; the caller appends its trial before it asks again."""
+    reaching = [[c for c in group if targets.fast_enough(speeds[c])] for group in groups]
+    turns = zip_longest(*(sorted(group, key=lambda candidate: candidate.expected_rank) for group in reaching))
+    for candidate in filter(None, chain.from_iterable(turns)):
+        if targets.keep_quality is None:
+            fast = {trial.candidate.structure for trial in trials if targets.fast_enough(trial.speedup)}
+            if candidate.structure in fast:  # the others of its structure are smaller
+                continue
+        yield candidate
+        if targets.keep_quality is not None and trials[-1].meets(targets):
+            return
 
 
 def best(trials: list[Trial], targets: Targets) -> Trial:

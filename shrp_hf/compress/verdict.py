@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from shrp_hf.benchmark import Timing
-from shrp_hf.compress.candidates import Candidate, speed_table
+from shrp_hf.compress.candidates import Candidate, Experts, FirstLayers, speed_table
 from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.search import Targets, Trial, share_text
+from shrp_hf.compress.search import Targets, Trial, best, share_text
 from shrp_hf.environment import command_line, environment
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import plot_frontier
+from shrp_hf.recipes import CALIBRATION_SAMPLES
 from shrp_hf.record import Rows, RunRecord, Score, expert_choice, origin
-from shrp_hf.report import compare_models, measure_models, write_text
+from shrp_hf.report import ModelReport, compare_models, measure_models, write_text
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
 
@@ -110,19 +111,7 @@ def write_verdict(
     retention = result / dense if dense > 0 else math.nan
     reported = Reported(dense, intervals[0], result, intervals[1], retention, intervals[2])
     rows = measure_models(models, scores, task, timings=timings)
-    record = RunRecord.of(
-        models[verdict.chosen.candidate.name],
-        rows,
-        scores,
-        task,
-        **origin(verdict.model_name),
-        options=asdict(verdict.options),
-        seeds=(verdict.options.seed,),
-        training=Rows(len(task.train), f"training rows of {task.name}"),
-        shape=verdict.options.shape,
-        **expert_choice(verdict.options.recipe, task),
-    )
-    write_card(output / "model", record)
+    write_card(output / "model", _record(verdict, task, models[verdict.chosen.candidate.name], rows, scores))
     points = {t.candidate.name: [_point(t, task)] for t in verdict.trials if not math.isnan(t.quality)}
     picture = "No picture: the quality of every candidate is undefined.\n"
     if points:
@@ -133,14 +122,26 @@ def write_verdict(
         "met": verdict.met,
         "problem": verdict.problem,
         "targets": asdict(verdict.targets),
-        "chosen": asdict(verdict.chosen),
-        "trials": [asdict(trial) for trial in verdict.trials],
+        "chosen": _listed(verdict.chosen, verdict),
+        "trials": [_listed(trial, verdict) for trial in verdict.trials],
         "reported": asdict(reported),
         "headline": task.headline,
         "command": command_line(),
         "environment": environment(),
     }
     write_text(output / "compress.json", json.dumps(for_json(summary), indent=2) + "\n")
+
+
+def _listed(trial: Trial, verdict: Verdict) -> dict[str, Any]:
+    candidate = trial.candidate
+    return {
+        "candidate": candidate.name,
+        "structure": candidate.structure,
+        "what": candidate.describe(verdict.num_layers),
+        "quality": trial.quality,
+        "retention": trial.retention,
+        "speedup": trial.speedup,
+    }
 
 
 def _point(trial: Trial, task: Task) -> tuple[float, float, float, float]:
@@ -226,27 +227,76 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
 def _trial_table(verdict: Verdict, task: Task) -> str:
     total, headline, blind = verdict.num_layers, task.headline, baseline_of(task, task.validation)
     blind_quality = blind.metrics[headline]
-    lines = [f"| tried | layers converted | experts | predicted | measured | held-out {headline} | of dense | |"]
+    lines = [f"| tried | what it is | predicted | measured | held-out {headline} | of dense | |"]
     lines += [
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-        f"| {blind.name} | | | | | {share_text(blind_quality, '.4f')} | | |",
-        f"| dense | 0 of {total} | | | 1.00x | {shown(verdict.dense_quality)} | | |",
+        "|---|---|---:|---:|---:|---:|---|",
+        f"| {blind.name} | | | | {share_text(blind_quality, '.4f')} | | |",
+        f"| dense | {total} layers | | 1.00x | {shown(verdict.dense_quality)} | | |",
     ]
     for trial in verdict.trials:
-        cells: list[Any] = [trial.candidate.name, f"{trial.candidate.num_layers} of {total}", trial.candidate.keep]
+        cells = [trial.candidate.name, trial.candidate.describe(total)]
         cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
         cells += [share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     if not verdict.dense_quality > 0:
         lines.append(f"\n{_NO_SHARE.format(headline)}")
     return "\n".join(lines)
 
 
 def _why(verdict: Verdict) -> str:
-    if verdict.targets.speedup is None:
-        return (
-            "Candidates were tried by bisection over their speed, for the fastest that holds the quality; it takes quality to "
-            "fall as speed rises."
+    """How candidates were tried, and what the chosen structure is ahead of."""
+    targets = verdict.targets
+    if targets.speedup is None:
+        order = (
+            "The candidates of each structure were tried by bisection over their speed, what kept most elsewhere first, for "
+            "the fastest that holds the quality; it takes quality to fall as speed rises."
         )
-    order = "Candidates that reach the speed were tried by expected quality: fewest layers converted, then most experts."
-    return order + (" The first that met the target was kept." if verdict.met else " None met the target.")
+    elif targets.keep_quality is None:
+        order = (
+            "Of each structure the largest candidate that reaches the speed was tried, what kept most elsewhere first; of "
+            "those that are fast enough the best on the held-out rows was kept."
+        )
+    else:
+        order = "Candidates that reach the speed took turns, what kept most elsewhere first, of each structure the largest. "
+        order += "The first that met the target was kept." if verdict.met else "None met the target."
+    others = [t for t in verdict.trials if t.candidate.structure != verdict.chosen.candidate.structure]
+    if not others:
+        return order
+    rival = best(others, targets)
+    found = ", ".join(
+        f"{trial.candidate.name} has {shown(trial.quality)} at {trial.speedup:.2f}x" for trial in (verdict.chosen, rival)
+    )
+    return f"{order} The best of another structure is {rival.candidate.name}: {found}."
+
+
+def _record(
+    verdict: Verdict,
+    task: Task,
+    model: PreTrainedModel,
+    rows: Sequence[ModelReport],
+    scores: Mapping[str, Mapping[str, float]],
+) -> RunRecord:
+    what = {"chosen": verdict.chosen.candidate.describe(verdict.num_layers), "why": _why(verdict)}
+    return RunRecord.of(
+        model,
+        rows,
+        scores,
+        task,
+        **origin(verdict.model_name),
+        options={**asdict(verdict.options), **what},
+        seeds=(verdict.options.seed,),
+        training=Rows(len(task.train), f"training rows of {task.name}"),
+        shape=verdict.options.shape,
+        **_method(verdict, task),
+    )
+
+
+def _method(verdict: Verdict, task: Task) -> dict[str, Any]:
+    """`method` and `calibration` of the record of what was chosen."""
+    candidate = verdict.chosen.candidate
+    if isinstance(candidate, Experts):
+        return expert_choice(verdict.options.recipe, task)
+    if isinstance(candidate, FirstLayers):
+        return {"method": f"{candidate.structure}-layers"}
+    scored = Rows(min(CALIBRATION_SAMPLES, len(task.train)), f"training rows of {task.name}")
+    return {"method": "thin", "calibration": scored}

@@ -148,6 +148,21 @@ class Selector(ABC):
         """
         self._checked_choice(model)
 
+    def least_share(self, model: PreTrainedModel) -> float:
+        """Returns the smallest share of its cost that `model` can be cut to, whatever its scores.
+
+        Args:
+            model: The model; its cost is what the budget is about (time, FLOPs, or parameters where neurons may go).
+
+        Raises:
+            ValueError: The budget is not about a cost, or the model leaves nothing to choose.
+        """
+        if not self._is_priced(self.budget):
+            raise ValueError(f"Budget.{self.budget.kind} is about no cost of heads and neurons: take Budget.speedup or flops.")
+        self._tables = {}
+        spending, _ = self._spending(replace(self._choice(head_layout(model)), model=model), self.budget)
+        return spending.least / spending.whole
+
     def score(
         self,
         model: PreTrainedModel,

@@ -39,6 +39,12 @@ class Spending:
         attention, ffn = self._costs()
         return self._empty + sum(costs[-1] for costs in (*attention, *ffn))
 
+    @property
+    def least(self) -> float:
+        """Cost of the cheapest model that may be chosen."""
+        nothing = [np.zeros(len(counts)) for counts in self.heads], [np.zeros(len(counts)) for counts in self.neurons]
+        return self._empty + self._frontier(*nothing).least
+
     def check(self, limit: float) -> None:
         """Refuses a limit that nothing can meet, which is known before anything is scored.
 
@@ -48,8 +54,7 @@ class Spending:
         Raises:
             ValueError: Names the least that can be reached.
         """
-        nothing = [np.zeros(len(counts)) for counts in self.heads], [np.zeros(len(counts)) for counts in self.neurons]
-        least = self._empty + self._frontier(*nothing).least
+        least = self.least
         if least > limit * (1 + _ROUNDING):
             whole, unit = self.whole, self.table.unit
             faster = f", a speed-up of {whole / least:.2f}x" if unit == "seconds" else ""
