@@ -420,6 +420,60 @@ def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path,
     assert comparison(work, tmp_path, grid).run() == {}
 
 
+def test_structures_stand_side_by_side(work, tmp_path, quick, monkeypatch):
+    from shrp_hf.compare import cells as jobs
+    from shrp_hf.costs import flop_table
+
+    monkeypatch.setattr(jobs, "latency_table", flop_table)
+    grid = Grid(thin=(2, 3), thin_keep=(0.5,), spread=(2,), truncate=(2,), expert_layers=(2,), recovery_epochs=(0, 0.25))
+    made = comparison(work, tmp_path, grid)
+    assert made.run() == {}
+    cells = {cell["key"]: cell for cell in read_cells(tmp_path)}
+    dense = cells["dense-seed0"]["flops"]
+    for times in (2, 3):
+        thin = cells[f"thin-speedup{times}-default-recovery0.25-seed0"]
+        assert thin["flops"] <= dense / times
+        assert thin["expert_layers"] == []
+        assert thin["train_examples"] > 0 == cells[f"thin-speedup{times}-recovery0-seed0"]["train_examples"]
+    half = cells["thin-keep0.5-default-recovery0.25-seed0"]
+    assert [len(heads) for heads in half["kept"]] == [2, 2, 2]
+    assert half["neurons"] == [32, 32, 32]
+    assert (
+        cells["spread-layers2-default-recovery0-seed0"]["flops"] == cells["truncate-layers2-default-recovery0-seed0"]["flops"]
+    )
+    spread, first = (cells[f"{name}-layers2-default-recovery0-seed0"]["metrics"] for name in ("spread", "truncate"))
+    assert spread["loss"] != first["loss"] if "loss" in spread else True
+    timings = measure_speed(tmp_path, read_cells(tmp_path), num_rounds=1)
+    assert set(timings) == {key.removesuffix("-seed0") for key in cells}
+    write_results(tmp_path)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for name in ("thin, searched for 2x", "thin, 50% of heads and neurons", "2 layers evenly spread", "first 2 layers"):
+        assert f"| {name} | default, 0.25 recovery" in table
+    assert comparison(work, tmp_path, grid).is_missing is False
+
+
+def test_thin_cells_out_of_range_are_refused(work, tmp_path, quick, monkeypatch):
+    from shrp_hf.compare import cells as jobs
+    from shrp_hf.costs import flop_table
+
+    for name, value, message in (
+        ("thin", 1, "`thin` must be speed-ups above 1, such as 4, got 1"),
+        (
+            "thin_keep",
+            0.1,
+            "`thin_keep` must be shares of which a layer of 4 heads keeps one at least, from 0.125 to 1, got 0.1",
+        ),
+        ("thin_keep", 1.1, "`thin_keep` must be shares"),
+        ("spread", 3, r"`spread` must be between 1 and 2 \(the model has 3 layers of 4 heads\), got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Grid(**{name: (value,)}).check(SHAPE)
+    monkeypatch.setattr(jobs, "latency_table", flop_table)
+    with pytest.raises(ValueError, match=r"`thin` 5000 is out of reach on this machine: thin layers run up to \d+\.\d\dx"):
+        comparison(work, tmp_path, Grid(thin=(5000,)))
+    assert not (tmp_path / "cells").exists()
+
+
 # --- architectures ---
 
 
@@ -444,7 +498,10 @@ def test_empty_model_has_the_flops_of_the_cell():
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({}, "Nothing to compare: give `selectors` with a budget, `expert_layers` or `truncate`."),
+        (
+            {},
+            "Nothing to compare: give `selectors` with a budget, `expert_layers`, `thin`, `thin_keep`, `truncate` or `spread`.",
+        ),
         (
             {"selectors": ("hise",), "keep": (0.5,)},
             "`selectors` must be names of cahp, entropy, hies, his, magnitude, random, dsp, dsp-pipelined, got 'hise'.",

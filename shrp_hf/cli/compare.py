@@ -58,6 +58,9 @@ def compare(
     expert_layers: Annotated[Any, list_option(int, "SHRP: numbers of layers to convert.")] = "",
     experts: Annotated[Any, list_option(int, "SHRP: experts that stay in each converted layer.")] = "1",
     truncate: Annotated[Any, list_option(int, "First-k-layers truncation: values of k.")] = "",
+    spread: Annotated[Any, list_option(int, "Evenly spread layers: how many stay.")] = "",
+    thin: Annotated[Any, list_option(float, "Thin layers: speed-ups that heads and neurons are searched for.")] = "",
+    thin_keep: Annotated[Any, list_option(float, "Thin layers, all alike: shares of heads and neurons that stay.")] = "",
     seeds: Annotated[Any, list_option(int, "Seeds.")] = "0,1,2",
     recipes: Annotated[Any, list_option(str, "default, paper: how conversions and recoveries train.")] = "default",
     recovery_epochs: Annotated[Any, list_option(float, "Epochs of recovery after the cut; default: the recipe's.")] = "",
@@ -87,7 +90,7 @@ def compare(
     speed: Annotated[bool, typer.Option(help="Measure throughput at the end, of every shape in one run.")] = True,
     report_only: Annotated[bool, typer.Option("--report-only", help="Compute nothing: tables of what is there.")] = False,
 ) -> None:
-    """Compares ways to make one model smaller: selectors x budgets x seeds, SHRP, truncation, random.
+    """Compares ways to make one model smaller: selectors x budgets x seeds, SHRP, thin layers, fewer layers, random.
 
     Every cell is a file. Started again after an interruption it computes what is missing; started twice at a time, the
     two share the work; with another grid it adds to the directory. All methods get the same recovery. Nothing is ever
@@ -107,6 +110,9 @@ def compare(
         expert_layers=expert_layers,
         experts=experts,
         truncate=truncate,
+        spread=spread,
+        thin=thin,
+        thin_keep=thin_keep,
         seeds=seeds,
         recipes=recipes,
         recovery_epochs=recovery_epochs or (None,),

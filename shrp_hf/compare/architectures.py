@@ -17,11 +17,13 @@ class Shape:
         num_ordinary: Layers that are ordinary.
         num_heads: Heads in all of them; they are timed spread evenly, with which the FLOPs are the same.
         experts: Experts of each expert layer, ascending.
+        thin: (heads, neurons) of each layer of a model of thin layers, of which nothing is spread.
     """
 
     num_ordinary: int
     num_heads: int
     experts: tuple[int, ...] = ()
+    thin: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, cell: Mapping[str, Any]) -> Self:
@@ -29,11 +31,15 @@ class Shape:
         counts = [len(heads) for heads in cell["kept"]]
         expert_layers = set(cell["expert_layers"])
         ordinary = [count for layer, count in enumerate(counts) if layer not in expert_layers]
-        return cls(len(ordinary), sum(ordinary), tuple(sorted(counts[layer] for layer in expert_layers)))
+        neurons = cell.get("neurons")
+        thin = tuple(zip(counts, neurons, strict=True)) if neurons is not None and not expert_layers else ()
+        return cls(len(ordinary), sum(ordinary), tuple(sorted(counts[layer] for layer in expert_layers)), thin)
 
     @property
     def name(self) -> str:
         """For files and tables."""
+        if self.thin:
+            return f"thin layers of {'+'.join(f'{heads}x{neurons}' for heads, neurons in self.thin)}"
         return f"{self.num_ordinary} layers of {self.num_heads} heads, experts {'+'.join(map(str, self.experts)) or 'none'}"
 
 
@@ -48,6 +54,8 @@ def empty_model(dense: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     total = config.num_attention_heads
     each, more = divmod(shape.num_heads, max(1, shape.num_ordinary))
     counts = [each + (i < more) for i in range(shape.num_ordinary)] + list(shape.experts)
+    if shape.thin:
+        counts, config.intermediate_sizes = map(list, zip(*shape.thin, strict=True))
     config.num_hidden_layers = len(counts)
     config.kept_heads = None if all(count == total for count in counts) else [list(range(count)) for count in counts]
     config.expert_layers, config.routed = list(range(shape.num_ordinary, len(counts))), False

@@ -21,9 +21,10 @@ from transformers import (
 
 from shrp_hf._version import __version__
 from shrp_hf.benchmark import count_flops, count_parameters
-from shrp_hf.budget import Budget
+from shrp_hf.budget import Budget, Serving
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.compare.grid import DSP_MODES, STATISTICS, Job
+from shrp_hf.costs import CostTable, latency_table
 from shrp_hf.dsp import DspCallback
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.lengths import num_positions
@@ -32,7 +33,7 @@ from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
 from shrp_hf.report import BENCHMARK_SHAPE, predict_on, write_text
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS
-from shrp_hf.structures import keep_layers
+from shrp_hf.structures import cut, keep_layers, spread_layers, thin_plan, thin_reach
 from shrp_hf.surgery import masked_heads, prune_heads
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
@@ -178,6 +179,8 @@ class Worker:
         request = StatsRequest(importance=True, entropy=True)
         if job.fields["statistics"] == "signatures":
             request = StatsRequest(salience=True, signature_size=self.settings.signature_size)
+        elif job.fields["statistics"] == "neurons":
+            request = StatsRequest(importance=True, neurons=True, means=True)
         count, batch_size = self.settings.calibration_samples, self.settings.batch_size
         batches = calibration_batches(self.data["train"], self.tokenizer, count, batch_size=batch_size, seed=job.seed)
         path = self._stats_file(job.fields["statistics"], job.seed)
@@ -193,6 +196,10 @@ class Worker:
             budget, value = "heads", self._part(f"plan-cahp-knee{value}-seed{job.seed}")["num_kept"]
         if method in DSP_MODES:
             return self._learned_plan(job, dense, budget, value)
+        if method == "thin":
+            stats = HeadStats.load(self._stats_file("neurons", job.seed))
+            spent = Budget.speedup(value, table=self._table(dense)) if budget == "speedup" else Budget.fraction(value)
+            return _planned(thin_plan(dense, spent, stats, uniform=budget == "share"), stats.importance())
         budgets = {"keep": Budget.fraction, "heads": Budget.heads, "knee_degree": Budget.knee}
         options: dict[str, Any] = {"min_heads_per_layer": self.settings.min_heads_per_layer}
         if method in ("random", "cahp"):
@@ -249,8 +256,9 @@ class Worker:
     def _do_shorten(self, job: Job) -> dict[str, Any]:
         dense, setup, count = self._dense(job.seed), self._setup(job), job.fields["layers"]
         # As many examples as the conversion of the layers that are gone.
-        epochs = job.recipe.conversion_epochs(dense.config.num_hidden_layers - count)
-        short = keep_layers(dense, range(count))
+        total = dense.config.num_hidden_layers
+        epochs = job.recipe.conversion_epochs(total - count)
+        short = keep_layers(dense, spread_layers(total, count) if job.fields.get("spread") else range(count))
         model = recover(short, dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
         self._save(model, job.key)
         return {"train_examples": self._num_examples(setup, epochs)}
@@ -281,8 +289,11 @@ class Worker:
             return self._saved(part["key"]), {}
         if part["key"].startswith("convert"):
             return without_routers(self._saved(part["key"]), job.fields["experts"]), {}
+        plan = KeepPlan(part["kept"], part["num_heads"], part.get("neurons"), part.get("num_neurons"))
+        if job.fields["method"] == "thin":
+            return cut(dense, plan, HeadStats.load(self._stats_file("neurons", job.seed))), {}
         source = self._saved(part["key"]) if job.fields["method"] == "dsp" else dense
-        return prune_heads(source, KeepPlan(part["kept"], part["num_heads"])), {"alpha": part.get("alpha")}
+        return prune_heads(source, plan), {"alpha": part.get("alpha")}
 
     # --- what they share ---
 
@@ -301,6 +312,25 @@ class Worker:
 
     def _num_examples(self, setup: Setup, epochs: float) -> int:
         return round(epochs * setup.epoch * len(self.data["train"]))
+
+    def check_thin(self, times: float) -> None:
+        """Refuses a speed-up that thin layers do not reach, by the table of times, which is measured unless it is there.
+
+        Args:
+            times: The speed-up.
+
+        Raises:
+            ValueError: Names what can be reached.
+        """
+        open_model = load_to_fine_tune if self.settings.dense_epochs else load_fine_tuned
+        dense = open_model(self.settings.model, self.task)
+        reach = thin_reach(dense, self._table(dense))
+        if times > reach:
+            raise ValueError(f"`thin` {times:g} is out of reach on this machine: thin layers run up to {reach:.2f}x as fast.")
+
+    def _table(self, dense: PreTrainedModel) -> CostTable:
+        batch_size, length = BENCHMARK_SHAPE
+        return latency_table(dense, Serving(batch_size, min(length, num_positions(dense) or length)))
 
     def _folder(self, key: str) -> Path:
         return self.output / "models" / key
@@ -342,6 +372,7 @@ class Worker:
         return {
             "kept": kept,
             "expert_layers": config.expert_layers,
+            "neurons": config.intermediate_sizes,
             "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
             "metrics": for_json(task.compute_metrics(prediction)),
@@ -358,9 +389,11 @@ class Worker:
 
 def _planned(plan: KeepPlan, scores: torch.Tensor) -> dict[str, Any]:
     listed = for_json(scores.tolist())
+    neurons = {} if plan.neurons is None else {"neurons": plan.neurons, "num_neurons": plan.num_neurons}
     return {
         "kept": [list(heads) for heads in plan.kept],
         "num_heads": plan.num_heads,
         "num_kept": plan.num_kept,
         "scores": listed,
+        **neurons,
     }

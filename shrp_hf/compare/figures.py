@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shrp_hf.compare.tables import Row, routing_of
+from shrp_hf.compare.tables import STRUCTURES, Row, routing_of
 from shrp_hf.plots import plot_keep_rates, plot_panels
 
 Points = dict[str, dict[str, list[tuple[float, float, float, float]]]]
@@ -31,7 +31,7 @@ def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path
     if frontier:
         label = "throughput, times that of dense"
         drawn.append(plot_panels(frontier, folder / "frontier.png", baseline, headline, label))
-    selected = [row for row in others if row.cells[0]["method"] not in ("shrp", "truncate")]
+    selected = [row for row in others if row.cells[0]["method"] not in STRUCTURES]
     retention = _panels(selected, headline, lambda row: row.over_seeds(lambda cell: cell["num_heads"]).mean)
     if retention:
         drawn.append(plot_panels(retention, folder / "retention.png", baseline, headline, "kept heads", apart=True))
@@ -68,11 +68,13 @@ def _panels(rows: Sequence[Row], headline: str, x: Callable[[Row], float]) -> Po
 
 def _series(row: Row) -> tuple[str, ...]:
     cell = row.cells[0]
-    if cell["method"] not in ("shrp", "truncate"):
+    if cell["method"] == "thin":
+        return ("thin, searched" if cell["budget"] == "speedup" else "thin, uniform",)
+    if cell["method"] not in STRUCTURES:
         return (cell["method"],)
     recipe = cell["settings"]["recipe"]
-    if cell["method"] == "truncate":
-        return "first layers", recipe["name"]
+    if cell["method"] != "shrp":
+        return "first layers" if cell["method"] == "truncate" else "spread layers", recipe["name"]
     experts = f"{cell['experts']} expert{'s' * (cell['experts'] > 1)}"
     if recipe["expert_selector"] != "usage":
         return "shrp", experts, recipe["name"], routing_of(recipe), "", ""

@@ -77,6 +77,9 @@ class Grid:
         experts: Experts that stay in each of them.
         truncate: Numbers of first layers that a truncated model keeps. It is trained on as many examples as the
             conversion of its other layers.
+        spread: The same of evenly spread layers, the first and the last among them.
+        thin: Speed-ups that thin layers (few heads and neurons) are searched for, by the time of a layer on this machine.
+        thin_keep: Shares of heads and neurons that thin layers which are all alike keep.
         seeds: Of everything that is drawn.
         recipes: Names of recipes.
         recovery_epochs: Epochs of recovery after the cut; None: the recipe's own.
@@ -95,6 +98,9 @@ class Grid:
     expert_layers: Sequence[int] = ()
     experts: Sequence[int] = (1,)
     truncate: Sequence[int] = ()
+    spread: Sequence[int] = ()
+    thin: Sequence[float] = ()
+    thin_keep: Sequence[float] = ()
     seeds: Sequence[int] = (0,)
     recipes: Sequence[str] = ("default",)
     recovery_epochs: Sequence[float | None] = (None,)
@@ -137,9 +143,11 @@ class Grid:
         if bool(self.selectors) != has_budget:
             given, missing = ("`selectors`", "a budget (`keep`, `heads` or `knee_degrees`)")[:: -1 if has_budget else 1]
             raise ValueError(f"{given[0].upper()}{given[1:]} without {missing} compares nothing: give both or neither.")
-        if not (self.selectors or self.expert_layers or self.truncate):
-            raise ValueError("Nothing to compare: give `selectors` with a budget, `expert_layers` or `truncate`.")
+        if not (self.selectors or self.expert_layers or self.truncate or self.spread or self.thin or self.thin_keep):
+            structures = "`expert_layers`, `thin`, `thin_keep`, `truncate` or `spread`"
+            raise ValueError(f"Nothing to compare: give `selectors` with a budget, {structures}.")
         self._check_budgets(shape, min_heads_per_layer)
+        self._check_thin(shape)
         self._check_layers(shape)
         self._check_training(shape)
 
@@ -164,6 +172,17 @@ class Grid:
             if not shape.has_classes:
                 raise ValueError(f"{reason} compares classes, but the task has no single class for each row: leave it out.")
 
+    def _check_thin(self, shape: ModelShape) -> None:
+        for times in self.thin:
+            if not 1 < times < float("inf"):
+                raise ValueError(f"`thin` must be speed-ups above 1, such as 4, got {times}.")
+        for share in self.thin_keep:
+            if not 1 <= int(share * shape.num_heads + 0.5) <= share * shape.num_heads + 0.5 <= shape.num_heads + 0.5:
+                raise ValueError(
+                    f"`thin_keep` must be shares of which a layer of {shape.num_heads} heads keeps one at least, from "
+                    f"{0.5 / shape.num_heads:.3g} to 1, got {share}."
+                )
+
     def _check_layers(self, shape: ModelShape) -> None:
         if self.expert_layers and not shape.has_expert_layers:
             raise ValueError(
@@ -173,6 +192,7 @@ class Grid:
             "expert_layers": shape.num_layers,
             "experts": shape.num_heads,
             "truncate": shape.num_layers - 1,
+            "spread": shape.num_layers - 1,
             "experts_per_sequence": min(5, shape.num_heads),
         }
         for name, limit in limits.items():
@@ -199,7 +219,7 @@ class Grid:
         """Returns every job by key, each behind those it needs; all of one seed before the next."""
         jobs: dict[str, Job] = {}
         for seed in self.seeds:
-            for kind in (self._dense, self._controls, self._selected, self._converted, self._truncated):
+            for kind in (self._dense, self._controls, self._selected, self._thin, self._converted, self._truncated):
                 for job in kind(seed):
                     jobs.setdefault(job.key, job)
         return jobs
@@ -293,20 +313,33 @@ class Grid:
             fields["expert_selector"] = recipe.expert_selector
             yield from self._recovered(f"shrp-layers{count}-experts{experts}-{variant}", converted, recipe, fields)
 
-    def _truncated(self, seed: int) -> Iterator[Job]:
-        for count in self.truncate:
+    def _thin(self, seed: int) -> Iterator[Job]:
+        dense, stats = f"dense-seed{seed}", f"stats-neurons-seed{seed}"
+        budgets = {f"speedup{times:g}": ("speedup", times) for times in self.thin}
+        budgets |= {f"keep{share:g}": ("share", share) for share in self.thin_keep}
+        for label, (budget, value) in budgets.items():
+            yield Job(stats, "stats", (dense,), seed, {"statistics": "neurons"})
+            fields = {"method": "thin", "budget": budget, "value": value}
+            plan = Job(f"plan-thin-{label}-seed{seed}", "plan", (dense, stats), seed, fields)
+            yield plan
             for recipe in map(find_recipe, self.recipes):
-                short = Job(
-                    key=f"shorten-layers{count}-{recipe.name}-seed{seed}",
-                    kind="shorten",
-                    needs=(f"dense-seed{seed}",),
-                    seed=seed,
-                    fields={"layers": count},
-                    recipe=recipe,
-                )
-                yield short
-                fields = {"method": "truncate", "budget": "layers", "value": count}
-                yield from self._recovered(f"truncate-layers{count}", short, recipe, fields)
+                yield from self._recovered(f"thin-{label}", plan, recipe, fields)
+
+    def _truncated(self, seed: int) -> Iterator[Job]:
+        wanted = [("truncate", "shorten", count) for count in self.truncate]
+        wanted += [("spread", "shorten-spread", count) for count in self.spread]
+        for (method, part, count), recipe in product(wanted, map(find_recipe, self.recipes)):
+            short = Job(
+                key=f"{part}-layers{count}-{recipe.name}-seed{seed}",
+                kind="shorten",
+                needs=(f"dense-seed{seed}",),
+                seed=seed,
+                fields={"layers": count, "spread": True} if method == "spread" else {"layers": count},
+                recipe=recipe,
+            )
+            yield short
+            fields = {"method": method, "budget": "layers", "value": count}
+            yield from self._recovered(f"{method}-layers{count}", short, recipe, fields)
 
 
 STATISTICS = {"his": "heads", "hies": "heads", "entropy": "heads", "cahp": "signatures"}

@@ -49,6 +49,9 @@ class Comparison:
             grid.check(shape, settings.min_heads_per_layer)
         self.output = output
         self.worker = Worker(settings, task, output)
+        fastest = max((times for grid in grids for times in grid.thin), default=None)
+        if fastest is not None:
+            self.worker.check_thin(fastest)
         self.jobs: dict[str, Job] = {}
         for job in chain.from_iterable(grid.jobs().values() for grid in grids):
             self.jobs.setdefault(job.key, job)

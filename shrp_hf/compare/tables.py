@@ -15,6 +15,8 @@ from shrp_hf.tasks.task import shown
 Cell = Mapping[str, Any]
 Timings = Mapping[str, Mapping[str, Any]]
 
+STRUCTURES = ("shrp", "thin", "truncate", "spread")
+"""Methods that are a structure; the others choose heads."""
 _IDENTITY = ("method", "budget", "value", "experts", "expert_selector", "recipe", "recovery_epochs")
 
 
@@ -125,6 +127,10 @@ def name_of(cell: Cell) -> str:
         name += f", {routing_of(settings)}"
     elif method == "truncate":
         name = f"first {value} layers"
+    elif method == "spread":
+        name = f"{value} layers evenly spread"
+    elif method == "thin":
+        name = f"thin, searched for {value:g}x" if cell["budget"] == "speedup" else f"thin, {value:.0%} of heads and neurons"
     else:
         budget = {"keep": f"{value:.0%} of heads", "heads": f"{value} heads", "knee_degree": f"knee of degree {value}"}
         name = f"{method}, {budget[cell['budget']]}"
@@ -274,7 +280,7 @@ def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
         row |= {name: cell.get(name) for name in ("flops", "train_examples", "seconds", "part_seconds", "alpha")}
         speed = (timings or {}).get(group_of(cell), {})
         row |= {f"speed_{name}": speed.get(name) for name in ("ratio", "p50_ms", "p95_ms", "sequences_per_second")}
-        rows.append({**row, "kept": json.dumps(cell["kept"])})
+        rows.append({**row, "kept": json.dumps(cell["kept"]), "neurons": json.dumps(cell.get("neurons"))})
     for cell in cells:
         baseline = cell.get("baseline")
         if baseline:
@@ -289,10 +295,10 @@ def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
-    kinds = {"dense": 0, "truncate": 2, "shrp": 3}
-    budget = {"keep": 0, "heads": 1, "knee_degree": 2}.get(cell.get("budget"), 3)
+    kinds = {"dense": 0, "truncate": 2, "spread": 3, "thin": 4, "shrp": 5}
+    budget = {"keep": 0, "heads": 1, "knee_degree": 2, "share": 0}.get(cell.get("budget"), 3)
     value = cell.get("value") or 0
-    # Budgets from mild to severe: fewer heads, a higher degree, fewer layers, more conversions.
-    severity = value if cell.get("budget") == "knee_degree" or cell["method"] == "shrp" else -value
+    # Budgets from mild to severe: fewer heads, a higher degree or speed, fewer layers, more conversions.
+    severity = value if cell.get("budget") in ("knee_degree", "speedup") or cell["method"] == "shrp" else -value
     place = kinds.get(cell["method"], 1)
     return place, budget, severity, -cell.get("experts", 0), cell.get("recovery_epochs", 0), cell["key"]
