@@ -500,7 +500,8 @@ def test_empty_model_has_the_flops_of_the_cell():
     [
         (
             {},
-            "Nothing to compare: give `selectors` with a budget, `expert_layers`, `thin`, `thin_keep`, `truncate` or `spread`.",
+            "Nothing to compare: give `selectors` with a budget, `expert_layers`, `thin`, `thin_keep`, `truncate` or "
+            + "`spread`.",
         ),
         (
             {"selectors": ("hise",), "keep": (0.5,)},

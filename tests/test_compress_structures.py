@@ -30,7 +30,7 @@ from shrp_hf.compress import (
     Uniform,
 )
 from shrp_hf.compress import run as compress_run
-from shrp_hf.compress.candidates import candidates, rungs, untrained, worthwhile
+from shrp_hf.compress.candidates import candidates, probes, rungs, table_error, untrained, worthwhile
 from shrp_hf.compress.search import best, check_reachable, search
 from shrp_hf.costs import flop_table
 from shrp_hf.plan import KeepPlan
@@ -245,7 +245,7 @@ def test_thin_layers_win_and_open_in_a_new_process(plain, tmp_path, trained):  #
     summary = json.loads((tmp_path / "compress.json").read_text(encoding="utf-8"))
     assert summary["chosen"]["structure"] == "thin"
     assert len(summary["trials"]) == 4
-    assert any("Thin layers, by the table of times: up to" in text for text in shown)
+    assert any("Thin layers, by FLOPs: up to" in text for text in shown)
 
 
 def test_first_usable_model_is_there_before_the_second_is_trained(plain, tmp_path, monkeypatch):  # noqa: F811
@@ -277,6 +277,65 @@ def test_plans_are_kept_and_nothing_is_trained_twice(plain, tmp_path, trained, m
     again = compression(plain, tmp_path, Targets(2, 0.9), accuracy, structures=("thin",)).run()
     assert trained == []
     assert again.chosen.candidate.plan == first.chosen.candidate.plan
+
+
+def garbage_table(model, at, anew=False):
+    """A table as it is measured while other work runs: heads cost nothing."""
+    table = flop_table(model, at)
+    free = (0.0,) * len(table.attention)
+    return replace(table, unit="seconds", attention=free, fixed=table.fixed / 2)
+
+
+def test_table_that_misjudges_what_is_measured_is_made_anew_or_left(plain, tmp_path, monkeypatch):  # noqa: F811
+    made = []
+
+    def tables(model, at, anew=False):
+        made.append(anew)
+        good = replace(flop_table(model, at), unit="seconds")
+        return good if anew and len(made) == 2 else garbage_table(model, at)
+
+    monkeypatch.setattr(compress_run, "latency_table", tables)
+    shown = []
+    options = {"accuracy": {"thin": 0.95, "uniform": 0.95}, "structures": ("thin",)}
+    job = compression(plain, tmp_path / "a", Targets(2), **options)
+    verdict = job.run(show=shown.append)
+    assert made == [False, True]
+    assert job.table.unit == "seconds"
+    assert verdict.met
+    made.extend([True] * 8)
+    job = compression(plain, tmp_path / "b", Targets(2), **options)
+    assert job.run(show=shown.append).met
+    assert job.table.unit == "FLOPs"
+    assert any("misjudges what was measured by" in text and "planned by FLOPs" in text for text in shown)
+
+
+def test_plans_that_turn_out_too_slow_are_followed_by_faster_ones(plain, tmp_path):  # noqa: F811
+    def slower(models, *shape, num_rounds):
+        """Half of the time is no layer's: what is planned for 2x runs 1.3x."""
+        timings = flop_time(models, *shape, num_rounds=num_rounds)
+        more = timings["dense"].seconds[0][0]
+        later = {name: tuple((value + more,) for (value,) in timing.seconds) for name, timing in timings.items()}
+        return {name: replace(timing, seconds=later[name]) for name, timing in timings.items()}
+
+    job = compression(plain, tmp_path, Targets(1.5), {"thin": 0.95, "uniform": 0.95}, structures=("thin",))
+    job.measure = slower
+    verdict = job.run()
+    assert verdict.met
+    assert verdict.chosen.candidate.speedup > 1.5 * 1.6
+
+
+def test_error_of_a_table_is_the_worst_of_uniform_layers():
+    dense = to_shrp(tiny_bert())
+    table = flop_table(dense, compress_run.Serving(2, 16))
+    whole = table.total([(4, 64)] * 3)
+    exact = {Uniform(h, n): whole / table.total([(h, n)] * 3) for h, n in ((1, 16), (2, 32), (3, 48))}
+    assert table_error(table, dense, {**exact, FirstLayers(1): 9.0}) == pytest.approx(0)
+    assert table_error(table, dense, {c: 1.25 * speed for c, speed in exact.items()}) == pytest.approx(0.25)
+    assert table_error(table, dense, {c: speed / 1.25 for c, speed in exact.items()}) == pytest.approx(0.25)
+    assert table_error(table, dense, {c: speed * (1.25 if c.heads == 2 else 1) for c, speed in exact.items()}) > 0.24
+    assert len(set(probes(dense))) == 4
+    with pytest.raises(ValueError, match="at least one of uniform layers"):
+        table_error(table, dense, {FirstLayers(1): 9.0})
 
 
 def test_quality_alone_finds_the_fastest_thin_layers(plain, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """What a model can become, and how fast each shape runs before anything is trained."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shrp_hf.benchmark import Timing
+from shrp_hf.costs import CostTable
 from shrp_hf.costs.measured import NEURON_STEP
 from shrp_hf.families import head_layout
 from shrp_hf.plan import KeepPlan
@@ -277,7 +279,40 @@ def rungs(speedup: float | None, reach: float) -> list[float]:
         reach: The most that the table allows.
     """
     wanted = _LADDER if speedup is None else [speedup * margin for margin in _MARGINS]
-    return [round(times, 6) for times in wanted if times <= reach]
+    return [times for times in dict.fromkeys(round(times, 2) for times in wanted) if 1 < times <= reach]
+
+
+def probes(model: PreTrainedModel) -> list[Candidate]:
+    """Returns uniform layers whose measured speed tells a table of times that can be trusted: small, large, and one-sided.
+
+    Args:
+        model: The dense model.
+    """
+    layout = head_layout(model)
+    sizes = [(c.heads, c.neurons) for c in candidates(model, ["uniform"]) if isinstance(c, Uniform)]
+    if not sizes:
+        return [Uniform(1, max(layout.num_neurons) // 2)]
+    one_sided = [Uniform(sizes[0][0], sizes[-1][1]), Uniform(sizes[-1][0], sizes[0][1])]
+    return [*(Uniform(*size) for size in (sizes[0], sizes[len(sizes) // 2])), *one_sided]
+
+
+def table_error(table: CostTable, dense: PreTrainedModel, speeds: Mapping[Candidate, float]) -> float:
+    """Returns by how much a table of times misjudges the measured speed of uniform layers: 0.1 is 10%, at the worst of them.
+
+    Args:
+        table: The table.
+        dense: The dense model.
+        speeds: Measured speed-ups; those of other structures are left out.
+
+    Raises:
+        ValueError: There is no measurement of uniform layers.
+    """
+    layout = head_layout(dense)
+    whole = table.total(zip(map(len, layout.kept), layout.num_neurons, strict=True))
+    predicted = {c: whole / table.total([(c.heads, c.neurons)] * layout.num_layers) for c in speeds if isinstance(c, Uniform)}
+    if not predicted:
+        raise ValueError("`speeds` must hold at least one of uniform layers, got none.")
+    return math.exp(max(abs(math.log(times / speeds[c])) for c, times in predicted.items())) - 1
 
 
 def untrained(dense: PreTrainedModel, candidate: Candidate) -> PreTrainedModel:

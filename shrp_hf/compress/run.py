@@ -34,8 +34,10 @@ from shrp_hf.compress.candidates import (
     candidates,
     possible,
     predict_speeds,
+    probes,
     rungs,
     speed_table,
+    table_error,
     untrained,
     worthwhile,
 )
@@ -60,6 +62,8 @@ from shrp_hf.tasks.task import Task, for_json, shown
 
 logger = logging.getLogger(__name__)
 
+_TABLE_ERROR = 0.25
+_NUM_CORRECTIONS = 2
 Predict = Callable[..., EvalPrediction]
 Say = Callable[[str], Any]
 
@@ -143,11 +147,13 @@ class Compression:
         total = self.source.config.num_hidden_layers
         say(f"1/5 measuring the speed of {len(self.choices)} shapes, before anything is trained")
         speeds = self.speeds(self.choices)
-        reach = thin_reach(self.source, self.table) if "thin" in self.structures else 0.0
         if speeds:
             show(speed_table(speeds, targets.speedup))
-        if reach:
-            show(f"Thin layers, by the table of times: up to {reach:.2f}x")
+        reach = 0.0
+        if "thin" in self.structures:
+            self._check_table(show)
+            reach = thin_reach(self.source, self.table)
+            show(f"Thin layers, by {'FLOPs' if self.table.unit == 'FLOPs' else 'the table of times'}: up to {reach:.2f}x")
         check_reachable(speeds, targets, total, reach)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
         headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
@@ -160,7 +166,7 @@ class Compression:
             )
         say(f"3/5 training candidates: {targets}")
         if reach:
-            planned = self.speeds(self.searched(reach))
+            planned = self.planned(reach)
             show(speed_table(planned, targets.speedup))
             speeds = {**planned, **speeds}
             check_reachable(speeds, targets, total)
@@ -230,14 +236,54 @@ class Compression:
         """Scores of the dense model's heads and neurons on training rows, from one pass."""
         return score(self.dense(), self.setup, cache=self.output / "scores.safetensors")
 
-    def searched(self, reach: float) -> list[Candidate]:
-        """Plans thin layers at several speed-ups, unless they were planned before; the same plan is listed once.
+    def _check_table(self, show: Say) -> None:
+        """Compares the table of times with layers that are measured; a table that is off is measured anew.
+
+        Where it is off again, because other work disturbs the machine, say, FLOPs take its place: what is planned by them is
+        measured all the same.
+        """
+        if self.table.unit != "seconds":
+            return
+        measured = self.speeds(probes(self.source))
+        off = table_error(self.table, self.source, measured)
+        if off > _TABLE_ERROR:
+            at = Serving(*self.options.shape)
+            self.table = latency_table(self.source.cpu(), at, anew=True)
+            off = table_error(self.table, self.source, measured)
+            if off > _TABLE_ERROR:
+                show(
+                    f"The table of times misjudges what was measured by {off:.0%} (does something else run?): thin layers are "
+                    "planned by FLOPs."
+                )
+                self.table = flop_table(self.source, at)
+
+    def planned(self, reach: float) -> dict[Candidate, float]:
+        """Plans thin layers and measures them untrained; where none is as fast as asked, also faster ones.
 
         Args:
             reach: The highest speed-up that the table allows.
+
+        Returns:
+            Measured speed-up of each.
+        """
+        wanted = self.options.targets.speedup
+        speeds = self.speeds(self.searched(rungs(wanted, reach)))
+        for _ in range(_NUM_CORRECTIONS):
+            if wanted is None or not speeds or max(speeds.values()) >= wanted:
+                break
+            fastest = max(speeds, key=lambda candidate: speeds[candidate])
+            too_optimistic = -fastest.size[0] / speeds[fastest]
+            speeds |= self.speeds(self.searched(rungs(wanted * too_optimistic, reach)))
+        return speeds
+
+    def searched(self, speedups: list[float]) -> list[Candidate]:
+        """Plans thin layers, unless they were planned before; the same plan is listed once.
+
+        Args:
+            speedups: How many times as fast, by the table.
         """
         found: dict[KeepPlan, Candidate] = {}
-        for times in rungs(self.options.targets.speedup, reach):
+        for times in speedups:
             path = self.output / "plans" / f"{times:g}x.json"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
