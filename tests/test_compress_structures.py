@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertTokenizer,
     DistilBertConfig,
@@ -35,9 +36,10 @@ from shrp_hf.compress.search import best, check_reachable, search
 from shrp_hf.costs import flop_table
 from shrp_hf.plan import KeepPlan
 from shrp_hf.recipes import find_recipe
-from shrp_hf.structures import thin_reach
+from shrp_hf.structures import keep_layers, thin_reach
 from shrp_hf.surgery import to_shrp
 from tests.test_compress import QUICK, TASK, WORDS, flop_time, plain  # noqa: F401
+from tests.test_families import TABLE, outputs, stock
 from tests.tiny import randomize_, same_state, tiny_bert
 
 RECIPE = replace(find_recipe("default"), recovery_epochs=1)
@@ -130,6 +132,25 @@ def test_untrained_shape_is_that_of_the_candidate(candidate):
     assert dense.config.num_hidden_layers == len(dense.layers) == 3
     word = "bert.embeddings.word_embeddings.weight"
     assert model.get_parameter(word) is dense.get_parameter(word)
+
+
+@pytest.mark.parametrize("family", TABLE)
+@pytest.mark.parametrize("candidate", [FirstLayers(2), SpreadLayers(2), Uniform(2, 24)], ids=lambda c: c.name)
+def test_every_family_takes_every_shape(family, candidate, tmp_path):
+    dense = to_shrp(stock(family))
+    model = untrained(dense, candidate)
+    if isinstance(candidate, FirstLayers):
+        short = keep_layers(dense, candidate.layers(3))
+        torch.testing.assert_close(outputs(short, family), outputs(model, family), rtol=0, atol=1e-10)
+        assert not torch.equal(outputs(short, family), outputs(dense, family))
+    else:
+        short = model
+        assert short.config.intermediate_sizes == [24] * 3
+    short.save_pretrained(tmp_path)
+    auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(tmp_path, dtype=torch.float64)
+    assert same_state(loaded, short)
+    torch.testing.assert_close(outputs(loaded, family), outputs(short, family), rtol=0, atol=1e-10)
 
 
 def test_candidates_are_beaten_by_their_own_structure_only():
