@@ -10,6 +10,7 @@ from shrp_hf import cli
 from shrp_hf.compare import Comparison, Grid, Settings, read_cells, write_results
 from shrp_hf.compress import Compression
 from shrp_hf.compress import run as compress_run
+from shrp_hf.costs import flop_table
 from shrp_hf.tasks import KINDS, Reading, Task, baseline_of, check_learned, label_names_of, load_task
 from tests.test_compress import WORDS, flop_time
 from tests.test_reading_data import COUNT, REVIEWS, SEVERAL, all_rows, mood, records, write_csv, write_jsonl
@@ -90,6 +91,7 @@ def test_baselines_are_the_majority_the_frequent_labels_and_the_mean():
 def quick(monkeypatch):
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
     monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
+    monkeypatch.setattr(compress_run, "latency_table", flop_table)
     monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 20)
 
 
