@@ -177,7 +177,7 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
         *model_args: Any,
         expert_layers: int | Sequence[int] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Loads a Shrp checkpoint, or a plain one of the family, and converts it when asked to.
 
         Args:
