@@ -138,7 +138,7 @@ def measure_neurons(num_rounds: int) -> list[Target]:
         Target(
             "heads, neurons and means against forward + backward without weights, 8 x 128", ratio(neurons, plain), 1.7, False
         ),
-        Target("memory beyond that of heads, in activations of one FFN", (memory[0] - memory[1]) / layer, 4, False),
+        Target("memory beyond that of heads, in activations of one FFN", (memory[0] - memory[1]) / layer, 1.5, False),
     ]
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from shrp_hf import (
     Budget,
@@ -16,7 +17,7 @@ from shrp_hf import (
     masked_heads,
     prune_heads,
 )
-from shrp_hf.benchmark import count_flops, model_cost
+from shrp_hf.benchmark import count_flops, model_cost, peak_memory
 from shrp_hf.families import head_layout
 from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
 from shrp_hf.models.slicing import OutputMeans
@@ -111,6 +112,17 @@ def test_an_activation_that_cannot_be_computed_again_is_held():
         layer.output.dense.weight.data *= 2
     for ours, theirs in zip(collect_head_stats(model, found, BOTH).neuron_importance(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_activations_of_one_layer_are_in_memory_at_a_time():
+    fields = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 512, "vocab_size": 99}
+    model = BertForSequenceClassification(BertConfig(**fields)).eval()
+    batch = {"input_ids": torch.randint(1, 99, (4, 32)), "labels": torch.tensor([0, 1, 1, 0])}
+    used = {}
+    for request in (StatsRequest(importance=True), BOTH):
+        used[request.neurons] = peak_memory(lambda request=request: collect_head_stats(model, [batch], request))
+    activation = 4 * 32 * 512 * 4  # bytes of one layer's
+    assert used[True] - used[False] < 3 * activation
 
 
 def test_what_is_cut_leaves_its_mean():
