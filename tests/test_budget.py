@@ -128,7 +128,8 @@ SHARE = "must be a share above 0 and at most 1, got"
         (lambda: Budget.latency(identity, target=-1), "`target` must be a positive number, got -1."),
         (
             lambda: Budget.latency(target=20),
-            "`target` must be a share of the unpruned model's time, above 0 and at most 1, got 20: for seconds give `seconds`.",
+            "`target` must be a share of the unpruned model's time, above 0 and at most 1, got 20: for seconds give "
+            "`seconds`.",
         ),
         (
             lambda: Budget.latency(target=0.5, seconds=0.1),
