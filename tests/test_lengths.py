@@ -93,7 +93,8 @@ def data():
 
 def test_every_command_reads_no_more_than_the_model_has_positions(saved, data, tmp_path, caplog):
     folder, tokenizer = saved
-    line = f"`max_length` 512 is more than the {POSITIONS} positions of ShrpBertForSequenceClassification: {POSITIONS} is taken."
+    whose = f"{POSITIONS} positions of ShrpBertForSequenceClassification"
+    line = f"`max_length` 512 is more than the {whose}: {POSITIONS} is taken."
     workflow = Workflow(str(folder), data, tmp_path / "train", WorkflowOptions(max_length=512))
     assert max(map(len, workflow.data["train"]["input_ids"])) == POSITIONS
     assert [message for message in caplog.messages if "is more than" in message] == [line]
