@@ -208,7 +208,8 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
             ) from error
         if expert_layers is not None:
             model.convert_layers_(expert_layers)
-        return (model, info) if wants_info else model
+        loaded: Any = (model, info) if wants_info else model  # the pair only for those who ask, as in Transformers
+        return loaded
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
