@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest test-processors audit docs benchmark clean
+.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest test-processors audit docs dist test-dist benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -48,13 +48,26 @@ audit: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
+dist: $(VENV)/.installed-dist  # what a release uploads
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+test-dist: dist  # each of the two in an empty environment, away from this directory
+	for file in dist/*; do \
+		rm -rf .venv-dist && $(PYTHON) -m venv .venv-dist; \
+		.venv-dist/bin/python -m pip install -q "$$file" -c $(CONSTRAINTS); \
+		.venv-dist/bin/python -P tests/smoke.py; \
+		.venv-dist/bin/shrp-hf --help > /dev/null; \
+	done
+
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.foundation --threads 2
 	$(BIN)/python -m benchmarks.posthoc --threads 2
 	$(BIN)/python -m benchmarks.serving --threads 2
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-floor .venv-newest .venv-dist out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.created:
 	@echo "Creating $(VENV)"

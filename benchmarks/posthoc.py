@@ -148,7 +148,7 @@ def measure_selection() -> list[Target]:
     for num_heads, bound in ((72, 10), (144, 60)):
         mean, variance = torch.rand(2, NUM_CLASSES, num_heads, 32 * 32, dtype=torch.float64)
         start = time.perf_counter()
-        clusters = HeadClusters(embed(head_similarity(mean, variance / 100)))
+        clusters = HeadClusters.in_plane(embed(head_similarity(mean, variance / 100)))
         for degree in KNEE_DEGREES:
             try:
                 clusters.labels(round(find_knee(clusters.curve(), degree)))

@@ -86,6 +86,7 @@ from shrp_hf.models.modeling_shrp_roberta import (
 from shrp_hf.models.modeling_shrp_vit import ShrpViTForImageClassification, ShrpViTModel
 from shrp_hf.plan import KeepPlan
 from shrp_hf.selectors import (
+    CahpDirectSelector,
     CahpSelector,
     EntropySelector,
     HiesSelector,
@@ -123,6 +124,7 @@ del _base, _config, _auto, _path, _lora
 
 __all__ = [
     "Budget",
+    "CahpDirectSelector",
     "CahpSelector",
     "DspCallback",
     "EntropySelector",

@@ -107,8 +107,7 @@ class Budget:
 
         Without `evaluate` the curve is CAHP's medoid silhouette (arXiv 2606.19150). Its knee hardly depends on the
         data: on uniform random points the degrees 2 to 6 keep about 48, 30, 24, 19 and 17% of 144 heads. The degree
-            sets
-        the head count. With `evaluate` the curve is the measured quality of the plans, which does depend on them.
+        sets the head count. With `evaluate` the curve is the measured quality of the plans, which does depend on them.
 
         Args:
             degree: Polynomial degree that smooths the curve, 2 to 6. 6 is the default of CAHP's code.

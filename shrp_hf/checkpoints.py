@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from shrp_hf.families import FAMILIES
 from shrp_hf.models.configuration_shrp import check_positions
@@ -92,9 +95,10 @@ def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrai
     renamed = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     if prefix:
         logger.warning("All weights of `%s` begin with `%s`, as a wrapper saved them: read without it.", name, prefix)
-    model, info = load_safely(
-        auto.from_pretrained, name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **renamed
-    )
+    with _without_load_report():
+        model, info = load_safely(
+            auto.from_pretrained, name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **renamed
+        )
     misshapen = {key[0]: f"{tuple(key[1])} instead of {tuple(key[2])}" for key in info["mismatched_keys"]}
     own = _encoder_names(model)
     _check_encoder(model, name, info, misshapen, own)
@@ -109,6 +113,17 @@ def open_model(name: str, auto: Any = AutoModel, **fields: Any) -> tuple[PreTrai
         )
         model = model.float()
     return model.eval(), untrained
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps Transformers' table of missing and misshapen weights off the terminal: what it says is said here in a line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def open_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:

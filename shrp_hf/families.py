@@ -128,12 +128,6 @@ class HeadLayout:
         """The second FFN matrix of an ordinary layer; its input has shape (batch, length, neurons)."""
         return self.layers[layer].get_submodule(self.layer_map.neurons_out)
 
-    def matrices(self, layer: int) -> list[nn.Module]:
-        """Every module of an ordinary layer that has heads or neurons."""
-        modules = dict(self.layers[layer].named_modules())
-        paths = (*self.layer_map.head_paths, *self.layer_map.neuron_paths)
-        return [modules[path] for path in paths if path in modules]
-
     def _parts(self, layer: int, parts: Sequence[Part]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         owner = self.layers[layer]
         modules = [(part, owner.get_submodule(part.path)) for part in parts if part.is_in(owner)]
@@ -176,6 +170,8 @@ def head_layout(model: PreTrainedModel) -> HeadLayout:
     layers = tuple(model.base_model.get_submodule(layer_map.layers))
     kept = getattr(config, "kept_heads", None) or [range(num_heads)] * len(layers)
     expert_layers = {*getattr(config, "expert_layers", ()), *getattr(config, "pending_layers", ())}
+    for i, layer in enumerate(layers):
+        _check_not_quantised(i, dict(layer.named_modules()), layer_map)
     layout = HeadLayout(
         layer_map=layer_map,
         layers=layers,
@@ -190,6 +186,12 @@ def head_layout(model: PreTrainedModel) -> HeadLayout:
     return layout
 
 
+def _check_not_quantised(index: int, modules: Mapping[str, nn.Module], layer_map: LayerMap) -> None:
+    paths = (*layer_map.head_paths, *layer_map.neuron_paths)
+    if any(is_quantised(modules[path]) for path in paths if path in modules):
+        raise ValueError(f"Layer {index} is quantised: score and prune the model as it was before, then quantise it.")
+
+
 def _width(layer: nn.Module, layer_map: LayerMap) -> int:
     weight = getattr(layer.get_submodule(layer_map.neurons_out), "weight", None)
     return 0 if weight is None else weight.shape[1]
@@ -198,8 +200,6 @@ def _width(layer: nn.Module, layer_map: LayerMap) -> int:
 def _check_widths(layout: HeadLayout) -> None:
     for layer in layout.ordinary_layers:
         expected = len(layout.kept[layer]) * layout.head_size
-        if any(map(is_quantised, layout.matrices(layer))):
-            raise ValueError(f"Layer {layer} is quantised: score and prune the model as it was before, then quantise it.")
         widths = [weight.shape[0] for weight, _ in layout.heads_in(layer)]
         widths.append(layout.output(layer).weight.shape[1])
         if set(widths) != {expected}:

@@ -32,6 +32,8 @@ METHODS = {
     "his": f"HIS. {_HEADS_SCORED}the gradient of the loss with respect to the head's mask; the lowest went.",
     "cahp": "CAHP: heads were clustered over the whole model by how they tell the classes apart; the most important head "
     "of each cluster stayed.",
+    "cahp-direct": "CAHP without its t-SNE plane, a variant of ours: heads were clustered over the whole model by how they "
+    "tell the classes apart; the most important head of each cluster stayed.",
     "entropy": f"Attention entropy, a baseline. {_HEADS_SCORED}how focused its attention is; the least focused went.",
     "magnitude": f"Weight magnitude, a baseline. {_HEADS_SCORED}the norm of its weights; the smallest went.",
     "random": "Random heads, a baseline: which heads were cut out was drawn by lot.",
@@ -58,7 +60,15 @@ _HIS = """@inproceedings{michel2019sixteen,
   author = {Michel, Paul and Levy, Omer and Neubig, Graham},
   booktitle = {Advances in Neural Information Processing Systems}, volume = {32}, year = {2019}
 }"""
-CITATIONS = {"shrp": _SHRP, "shrp-without-routers": _SHRP, "usage": _SHRP, "hies": _HIES, "cahp": _CAHP, "his": _HIS}
+CITATIONS = {
+    "shrp": _SHRP,
+    "shrp-without-routers": _SHRP,
+    "usage": _SHRP,
+    "hies": _HIES,
+    "cahp": _CAHP,
+    "cahp-direct": _CAHP,
+    "his": _HIS,
+}
 
 
 def write_card(folder: str | Path, record: RunRecord | None = None) -> Path:

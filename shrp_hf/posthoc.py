@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_output
 from shrp_hf.sampling import calibration_batches
-from shrp_hf.selectors import SELECTORS, CahpSelector, Selector
+from shrp_hf.selectors import SELECTORS, CahpSelector, HeadClusterSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads
 from shrp_hf.tasks.fine_tuned import load_fine_tuned
 from shrp_hf.tasks.task import Task
@@ -109,13 +109,9 @@ class PruneOptions:
         if len(given) != 1:
             raise ValueError(f"Give exactly one of {', '.join(f'`{name}`' for name in budgets)}, got {given or 'none'}.")
         kwargs: dict[str, Any] = {"budget": budgets[given[0]](), "min_heads_per_layer": self.min_heads_per_layer}
-        kwargs["neurons"] = self.neurons
-        if self.selector != "cahp":
-            kwargs["per_layer"] = self.per_layer
-        if self.selector in ("random", "cahp"):
-            kwargs["seed"] = self.seed
-        if self.selector == "cahp":
-            kwargs["signature_size"] = self.signature_size
+        kwargs |= {"neurons": self.neurons, "per_layer": self.per_layer}
+        taken = {field.name for field in fields(SELECTORS[self.selector])}
+        kwargs |= {name: getattr(self, name) for name in ("seed", "signature_size") if name in taken}
         if self.alpha is not None:
             if self.selector != "hies":
                 raise ValueError(f"`alpha={self.alpha}` belongs to the selector hies, not to {self.selector!r}.")
@@ -252,10 +248,10 @@ def _report(output: Path, record: RunRecord, task: Task, selector: Selector, pla
         medoids = selector.medoids.tolist()
         plot_clusters(selector.points.tolist(), labels, medoids, kept, output / "clusters.png")
         pictures += "![clusters](clusters.png)\n"
-        if "knee_degree" in record.options:
-            ks, mss = zip(*selector.curve, strict=True)
-            plot_knee(ks, mss, len(medoids), output / "knee.png")
-            pictures += "![knee](knee.png)\n"
+    if isinstance(selector, HeadClusterSelector) and "knee_degree" in record.options:
+        ks, mss = zip(*selector.curve, strict=True)
+        plot_knee(ks, mss, len(selector.medoids), output / "knee.png")
+        pictures += "![knee](knee.png)\n"
     text = f"""# {task.name}: {record.method}
 
 {_kept(plan)} stay. Options: `{json.dumps(record.options)}`

@@ -81,6 +81,7 @@ class ShrpTrainer(FiniteTrainer):
         elif teacher is not None:
             teacher = own_teacher(teacher, model)
         self._trial_in_force: Any = None
+        self._told_of_own_loss = False
         check_processes(args)
         if model is not None:
             model = self._with_expert_layers(model, args)
@@ -256,8 +257,8 @@ class ShrpTrainer(FiniteTrainer):
         self._computed_loss = False
         loss = super().training_step(*args, **kwargs)
         is_at_stake = self.teacher is not None or _is_routed(self._shrp_model())
-        if is_at_stake and not self._computed_loss and ("compute_loss", 0) not in self._reported:
-            self._reported.add(("compute_loss", 0))
+        if is_at_stake and not self._computed_loss and not self._told_of_own_loss:
+            self._told_of_own_loss = True
             logger.warning(
                 "`%s.compute_loss` does not call ShrpTrainer's: the balance loss of routed layers (unless it is in the "
                 "model's own loss), the teacher's terms and the routing logs are left out. Begin it with "
@@ -285,8 +286,7 @@ class ShrpTrainer(FiniteTrainer):
         with self._recorded(self.accelerator.unwrap_model(model)) as values:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = torch.zeros_like(loss)
-        balance = outputs.get("balance_loss")
-        task = outputs.get("task_loss")
+        balance, task = outputs.get("balance_loss"), outputs.get("task_loss")
         if balance is not None and task is None:
             # The labels were kept from the model (label smoothing, an own loss): its balance loss is not in the loss.
             extra = extra + self._shrp_model().config.router_aux_loss_coef * balance
@@ -296,9 +296,9 @@ class ShrpTrainer(FiniteTrainer):
             extra = extra / self.current_gradient_accumulation_steps  # Trainer divides only losses that it scaled itself
         task = loss if task is None else task
         if balance is not None:
-            layers = self._shrp_model().config.expert_layers
-            self._routing.add(task, balance, layers, outputs.get("router_logits"))
-        loss = loss + (self._weight("task_weight") - 1) * task + extra
+            self._routing.add(task, balance, self._shrp_model().config.expert_layers, outputs.get("router_logits"))
+        task_weight = self._weight("task_weight")  # 1 must leave an infinite loss infinite
+        loss = loss + extra if task_weight == 1 else loss + (task_weight - 1) * task + extra
         return (loss, outputs) if return_outputs else loss
 
     def _weight(self, name: str) -> float:

@@ -18,7 +18,7 @@ from typer.main import get_command
 from shrp_hf import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("SECURITY.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md")])
 NOTE = re.compile(r"<!-- (continues|not run: .+) -->")
 
 

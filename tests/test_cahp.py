@@ -1,5 +1,6 @@
 """CAHP's steps equal short references, its knee is what the literature's procedure gives, and its refusals are clear."""
 
+import itertools
 import math
 import re
 
@@ -11,8 +12,15 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from shrp_hf.budget import Budget, KneeNotFoundError, find_knee
 from shrp_hf.head_stats import StatsRequest, collect_head_stats
-from shrp_hf.selectors import CahpSelector
-from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_similarity, jeffries_matusita, medoid_silhouette
+from shrp_hf.selectors import CahpDirectSelector, CahpSelector
+from shrp_hf.selectors.cahp_math import (
+    HeadClusters,
+    embed,
+    head_distances,
+    head_similarity,
+    jeffries_matusita,
+    medoid_silhouette,
+)
 
 CONFIG = {
     "hidden_size": 16,
@@ -67,7 +75,7 @@ def test_like_heads_lie_together_in_the_plane():
     features = torch.cat([torch.zeros(8, 5), torch.full((8, 5), 3.0)]).double() + 0.1 * torch.randn(16, 5).double()
     plane = embed(features @ features.T, perplexity=5)
     assert plane.shape == (16, 2)
-    labels = HeadClusters(plane).labels(2)
+    labels = HeadClusters.in_plane(plane).labels(2)
     assert len(set(labels[:8])) == len(set(labels[8:])) == 1
     assert labels[0] != labels[8]
 
@@ -81,7 +89,7 @@ def test_the_plane_is_reproducible_to_the_bit_whatever_the_last_bits_of_a_sum():
 
 def test_silhouette_equals_a_loop():
     points = np.random.rand(15, 2)
-    clusters = HeadClusters(points, seed=3)
+    clusters = HeadClusters.in_plane(points, seed=3)
     curve = dict(clusters.curve())
     assert list(curve) == list(range(2, 15))
     distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))
@@ -98,7 +106,7 @@ def test_silhouette_equals_a_loop():
 
 def test_once_the_silhouette_is_one_the_rest_is_one():
     points = np.repeat(np.random.rand(4, 2), 3, axis=0)  # four spots of three heads
-    curve = dict(HeadClusters(points).curve())
+    curve = dict(HeadClusters.in_plane(points).curve())
     assert all(value < 1 for k, value in curve.items() if k < 4)
     assert all(value == 1 for k, value in curve.items() if k >= 4)
 
@@ -111,7 +119,7 @@ def test_the_degree_sets_the_head_count_whatever_the_data():
     shares = []
     for seed in range(3):
         points = np.random.default_rng(seed).uniform(size=(144, 2))
-        curve = HeadClusters(points, seed).curve()
+        curve = HeadClusters.in_plane(points, seed).curve()
         shares.append([100 * find_knee(curve, degree) / 144 for degree in range(2, 7)])
     np.testing.assert_allclose(np.mean(shares, axis=0), [48, 30, 24, 19, 17], atol=1.5)
 
@@ -155,8 +163,9 @@ def test_the_most_salient_head_of_each_cluster_stays_and_empty_layers_get_one_ba
 
 
 @pytest.mark.parametrize("count", [1, 16])
-def test_the_extreme_counts_work(count):
-    selector = CahpSelector(budget=Budget.heads(count), min_heads_per_layer=0, **OPTIONS)
+@pytest.mark.parametrize(("kind", "options"), [(CahpSelector, OPTIONS), (CahpDirectSelector, {"signature_size": 8})])
+def test_the_extreme_counts_work(kind, options, count):
+    selector = kind(budget=Budget.heads(count), min_heads_per_layer=0, **options)
     assert selector.select(bert(), text_batches()).num_kept == count
 
 
@@ -232,3 +241,81 @@ def test_salience_of_zero_is_refused():
     torch.nn.init.zeros_(model.classifier.weight)
     with pytest.raises(ValueError, match="^The salience of every head is 0, which chooses nothing: check that "):
         CahpSelector(budget=Budget.heads(8), perplexity=5, **OPTIONS).select(model, text_batches())
+
+
+# --- without the plane ---
+
+
+def grouped(groups=5, size=4, positions=300):
+    """Feature rows in groups that lie far apart, as those of heads that do the same."""
+    generator = torch.Generator().manual_seed(0)
+    centres, noise = (
+        torch.randn(*shape, generator=generator).double() for shape in ((groups, 1, positions), (groups, size, positions))
+    )
+    return (centres + 0.3 * noise).flatten(0, 1)
+
+
+def partition(labels):
+    return {tuple(np.flatnonzero(labels == label)) for label in set(labels)}
+
+
+def test_distances_are_those_of_the_features():
+    mean, variance = moments()
+    features = torch.cat([jeffries_matusita(mean, variance, a, b) for a, b in itertools.combinations(range(3), 2)], dim=1)
+    expected = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = head_distances(head_similarity(mean, variance))
+    assert distances.dtype == np.float64
+    np.testing.assert_allclose(distances, expected, rtol=0, atol=1e-10)
+
+
+def test_medoids_of_groups_are_the_best_of_all_subsets():
+    features = grouped(groups=3)
+    distances = head_distances(features @ features.T)
+    clusters = HeadClusters(distances)
+    for k in (1, 3):
+        costs = {rows: distances[:, rows].min(axis=1).sum() for rows in itertools.combinations(range(12), k)}
+        assert set(clusters.medoids(k)) == set(min(costs, key=costs.get))
+    assert partition(clusters.labels(3)) == {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)}
+
+
+def test_without_the_plane_neither_a_seed_nor_noise_moves_a_head():
+    features = grouped()
+    gram = features @ features.T
+    noise = torch.randn(gram.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    jittered = gram * (1 + 1e-6 * (noise + noise.T))
+    found, moved = HeadClusters(head_distances(gram)), HeadClusters(head_distances(jittered))
+    for k in (2, 5, 9):
+        assert np.array_equal(found.labels(k), moved.labels(k))
+    for seed in range(5):  # a drawn start ends in the same groups
+        assert partition(HeadClusters(head_distances(gram), seed).labels(5)) == partition(found.labels(5))
+    assert not np.allclose(embed(gram, perplexity=5, max_iter=300), embed(jittered, perplexity=5, max_iter=300))
+
+
+def test_direct_clusters_silhouette_and_knee_are_of_the_features_themselves():
+    model, batches = bert(), text_batches()
+    selector = CahpDirectSelector(budget=Budget.knee(2), signature_size=8)
+    plan = selector.select(model, batches)
+    assert len(set(selector.labels)) == round(find_knee(selector.curve, 2))
+    stats = collect_head_stats(model, batches, selector.request)
+    mean, variance = stats.class_moments()
+    features = torch.cat([jeffries_matusita(mean, variance, a, b) for a, b in itertools.combinations(range(3), 2)], dim=1)
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    curve = dict(selector.curve)
+    for k in (2, 6, 15):
+        selector.plan(Budget.heads(k))
+        labels, medoids = selector.labels, list(selector.medoids)
+        assert curve[k] == pytest.approx(medoid_silhouette(distances, np.array(medoids), labels), abs=1e-10)
+        cost = distances[:, medoids].min(axis=1).sum()
+        assert distances[np.arange(16), np.array(medoids)[labels]].sum() == pytest.approx(cost, abs=1e-10)
+        for i, other in itertools.product(range(k), set(range(16)) - set(medoids)):  # no exchange of a medoid is better
+            swapped = [*medoids[:i], other, *medoids[i + 1 :]]
+            assert distances[:, swapped].min(axis=1).sum() > cost - 1e-10
+    assert selector.plan() == plan
+    torch.rand(3)  # whatever the generators hold
+    np.random.rand(3)
+    assert CahpDirectSelector(budget=Budget.knee(2), signature_size=8).select(model, batches) == plan
+
+
+def test_without_the_plane_few_heads_suffice():
+    selector = CahpDirectSelector(budget=Budget.heads(3), signature_size=8)
+    assert selector.select(bert(num_hidden_layers=1), text_batches()).num_kept == 3

@@ -130,7 +130,7 @@ def test_train_without_routers_ends_with_a_static_model_and_says_how_its_experts
     assert (record.method, record.calibration) == ("shrp-without-routers", Rows(len(task.train), "training rows of sst2"))
 
 
-@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"usage", "cahp"}))
+@pytest.mark.parametrize("selector", sorted(set(SELECTORS) - {"usage", "cahp", "cahp-direct"}))
 def test_prune_writes_a_smaller_model_by_every_selector(selector, plain, data_dir, tmp_path):
     words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", selector, "--keep", 0.5)
     result = run(*words, "--output", tmp_path, "--calibration-samples", 32, "--max-length", 16)
@@ -166,6 +166,17 @@ def test_prune_by_cahp_draws_its_plane(plain, data_dir, tmp_path):
     assert result.exit_code == 0, result.output
     assert KeepPlan.from_json(tmp_path / "plan.json").num_kept >= 5
     assert (tmp_path / "clusters.png").exists()
+
+
+def test_prune_by_cahp_without_a_plane_draws_the_knee_alone(plain, data_dir, tmp_path):
+    words = ("prune", plain, "--dataset", "sst2", "--data-dir", data_dir, "--selector", "cahp-direct", "--knee-degree", 2)
+    result = run(*words, "--output", tmp_path, "--signature-size", 4)
+    assert result.exit_code == 0, result.output
+    plan = KeepPlan.from_json(tmp_path / "plan.json")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.kept_heads == [list(h) for h in plan.kept]
+    assert RunRecord.from_json(tmp_path / "shrp_record.json").options["signature_size"] == 4
+    assert (tmp_path / "knee.png").exists()
+    assert not (tmp_path / "clusters.png").exists()
 
 
 @pytest.mark.parametrize("words", [("--keep-flops", 0.5), ("--speedup", 1.5), ("--keep", 0.5, "--neurons")])
@@ -268,7 +279,7 @@ def test_prune_refuses_a_teacher_that_would_teach_nothing(options, plain, data_d
     [
         pytest.param(
             {"selector": "hise", "keep": 0.5},
-            "`selector` must be one of cahp, entropy, hies, his, magnitude, random, usage, got 'hise'.",
+            "`selector` must be one of cahp, cahp-direct, entropy, hies, his, magnitude, random, usage, got 'hise'.",
             id="unknown selector",
         ),
         pytest.param(
@@ -287,6 +298,11 @@ def test_prune_refuses_a_teacher_that_would_teach_nothing(options, plain, data_d
             {"selector": "his", "keep": 0.5, "alpha": 0.3},
             "`alpha=0.3` belongs to the selector hies, not to 'his'.",
             id="alpha without hies",
+        ),
+        pytest.param(
+            {"selector": "cahp", "keep": 0.5, "per_layer": True},
+            "`per_layer=True` does not suit CAHP: its clusters reach over layers. Take another selector.",
+            id="clusters of one layer",
         ),
     ],
 )

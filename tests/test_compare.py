@@ -90,6 +90,16 @@ def compared(work, tmp_path_factory):
     return output
 
 
+def test_cahp_without_a_plane_keeps_as_many_heads_as_cahp_at_a_knee(work, tmp_path):
+    bare = {"without_random": True, "without_control": True, "recovery_epochs": (0,)}
+    grid = Grid(selectors=("cahp-direct",), heads=(6,), knee_degrees=(3,), **bare)
+    assert comparison(work, tmp_path, grid, min_heads_per_layer=0).run() == {}
+    cells = {cell["key"]: cell for cell in read_cells(tmp_path)}
+    assert cells["cahp-direct-heads6-recovery0-seed0"]["num_heads"] == 6
+    found = json.loads((tmp_path / "parts" / "plan-cahp-knee3-seed0.json").read_text(encoding="utf-8"))
+    assert cells["cahp-direct-knee3-recovery0-seed0"]["num_heads"] == found["num_kept"]
+
+
 def test_every_cell_is_a_file_with_what_it_reached_and_cost(compared):
     cells = read_cells(compared)
     # dense and control; 3 methods x 2 budgets x 2 recoveries; conversion and truncation x 2 recoveries; 2 seeds of each
@@ -505,7 +515,8 @@ def test_empty_model_has_the_flops_of_the_cell():
         ),
         (
             {"selectors": ("hise",), "keep": (0.5,)},
-            "`selectors` must be names of cahp, entropy, hies, his, magnitude, random, dsp, dsp-pipelined, got 'hise'.",
+            "`selectors` must be names of cahp, cahp-direct, entropy, hies, his, magnitude, random, dsp, dsp-pipelined, "
+            "got 'hise'.",
         ),
         ({"truncate": (1,), "seeds": (3, 3)}, "`seeds` names 3 twice, got [3, 3]: leave one out."),
         ({"truncate": (1,), "seeds": ()}, "`seeds` must hold at least one value, got none."),
@@ -586,6 +597,13 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
         grid.check(SHAPE)
+    direct = Grid(selectors=("cahp-direct",), heads=(6,))
+    with pytest.raises(ImportError, match=r"^`selectors` with cahp-direct needs the package kmedoids: pip install "):
+        direct.check(SHAPE)
+    monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None if name in ("sklearn", "kneed") else name)
+    direct.check(SHAPE)  # neither a plane nor a knee
+    with pytest.raises(ImportError, match="needs the package sklearn: "):
+        replace(direct, knee_degrees=(3,)).check(SHAPE)
 
 
 def test_models_that_cannot_be_compared_are_refused(work, tmp_path):

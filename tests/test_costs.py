@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_bert, tiny_routed
 from transformers import (
     BertModel,
     DistilBertConfig,
@@ -25,6 +24,8 @@ from shrp_hf.costs.ladder import build_ladder, time_eager
 from shrp_hf.families import head_layout
 from shrp_hf.plan import KeepPlan
 from shrp_hf.surgery import prune_heads
+from tests.tiny import tiny_bert, tiny_routed
+from tests.toy_family import ToyConfig, ToyForSequenceClassification, forgotten_afterwards, register
 
 
 def exact(message):
@@ -39,6 +40,17 @@ def distilbert():
 def vit():
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
     return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """A family from outside the package, known to this module's tests only."""
+    with forgotten_afterwards():
+        yield register()
+
+
+def toy():
+    return ToyForSequenceClassification(ToyConfig())
 
 
 def static_experts():
@@ -68,7 +80,7 @@ def priced(table, model):
     return table.total(layers, [len(layout.kept[i]) for i in layout.expert_layers])
 
 
-@pytest.mark.parametrize("build", [tiny_bert, distilbert, vit, static_experts])
+@pytest.mark.parametrize("build", [tiny_bert, distilbert, vit, static_experts, toy])
 @pytest.mark.parametrize("seed", range(3))
 def test_counted_tables_equal_a_count_of_the_model_that_was_cut(build, seed):
     model = build()
@@ -241,11 +253,11 @@ def test_times_that_fall_are_pooled_as_isotonic_regression_does(times):
 # --- the ladder ---
 
 
-@pytest.mark.parametrize("build", [tiny_bert, distilbert, vit, static_experts, lambda: tiny_bert(head=BertModel)])
+@pytest.mark.parametrize("build", [tiny_bert, distilbert, vit, static_experts, toy, lambda: tiny_bert(head=BertModel)])
 def test_the_ladder_has_the_layers_that_were_asked_for_and_every_one_is_timed(build):
     model = build()
     experts = [2] if head_layout(model).expert_layers else []
-    layers = [(4, 64), (0, 16), (3, 0), (1, 1)]
+    layers = [(4, 24), (0, 16), (3, 0), (1, 1)]
     ladder = build_ladder(model, layers, experts)
     layout = head_layout(ladder)
     assert [len(kept) for kept in layout.kept] == [heads for heads, _ in layers] + experts

@@ -302,7 +302,7 @@ def test_a_file_of_the_user_is_not_overwritten_by_the_code(tmp_path):
 def test_code_of_another_release_replaces_the_config_last(tmp_path, monkeypatch):
     model = static()
     model.save_pretrained(tmp_path)
-    (tmp_path / "head_slicing.py").write_text("OLD = True\n")
+    (tmp_path / "slicing.py").write_text("OLD = True\n")
     replace = Path.replace
 
     def killed(path, target):

@@ -196,7 +196,7 @@ def test_without_code_only_shrp_hf_opens_it(auto_class, call, folder, record, tm
 def test_every_selector_has_its_sentence_and_every_paper_its_citation(folder, record):
     structures = {"shrp", "shrp-without-routers", "thin", "first-layers", "spread-layers"}
     assert set(SELECTORS) | structures == set(METHODS)
-    assert set(CITATIONS) == {"shrp", "shrp-without-routers", "usage", "hies", "cahp", "his"}
+    assert set(CITATIONS) == {"shrp", "shrp-without-routers", "usage", "hies", "cahp", "cahp-direct", "his"}
     for method in METHODS:
         text = text_of(folder, replace(record, method=method))
         assert METHODS[method] in text

@@ -359,8 +359,8 @@ def test_heads_under_an_adapter_are_not_cut(build):
 
     adapted = get_peft_model(build(), LoraConfig(task_type="SEQ_CLS", r=2))
     state = {name: value.clone() for name, value in adapted.state_dict().items()}
-    message = "`layer.0.attention.self.query` is wrapped in an adapter, which cutting would lose: `merge_and_unload()` first."
-    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+    message = "`attention.self.query` of layer 1 is adapted in place (PEFT): merge the adapter first, by "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         adapted.get_base_model().prune_heads(KeepPlan((ALL, (2,), (0, 3)), 4))
     assert all(torch.equal(value, adapted.state_dict()[name]) for name, value in state.items())
     merged = adapted.merge_and_unload()

@@ -283,8 +283,8 @@ def test_magnitude_is_the_norm_of_rows_and_column():
     for family in TABLE:
         model = stock(family)
         layout = head_layout(model)
-        (weight, _), out = layout.neurons_in(1)[0], layout.neurons_out(1).weight
-        expected = torch.stack([torch.cat([weight[i], out[:, i]]).norm() for i in range(64)])
+        weights, out = [weight for weight, _ in layout.neurons_in(1)], layout.neurons_out(1).weight
+        expected = torch.stack([torch.cat([*(weight[i] for weight in weights), out[:, i]]).norm() for i in range(64)])
         torch.testing.assert_close(neuron_magnitude(model)[1], expected.detach(), **EXACT)
 
 

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -46,17 +48,26 @@ def test_scipy_is_imported_where_it_is_used():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel_file(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for folder in ("shrp_hf", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    return built(tree, "wheel", "*.whl")
+
+
+def built(tree, kind, pattern):
+    build = f"from setuptools.build_meta import build_{kind}; build_{kind}('dist')"
     run = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    (path,) = (tree / "dist").glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    (path,) = (tree / "dist").glob(pattern)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file):
+    with zipfile.ZipFile(wheel_file) as archive:
         yield archive
 
 
@@ -70,11 +81,45 @@ def test_wheel_says_what_it_is(wheel):
     metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("shrp_hf", shrp_hf.__version__)
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"metrics", "posthoc", "plots", "onnx", "demo", "embeddings", "docs", "test"}
+    extras = {"metrics", "posthoc", "plots", "onnx", "demo", "embeddings", "docs", "dist", "test"}
     assert extras == set(metadata.get_all("Provides-Extra"))
     assert (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0] in metadata.get_payload()
     assert b"shrp-hf = shrp_hf.cli:main" in wheel.read(f"{info}/entry_points.txt")
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+
+
+def test_source_distribution_builds_the_same_wheel(wheel_file, wheel):
+    with tarfile.open(built(wheel_file.parents[1], "sdist", "*.tar.gz")) as archive:
+        archive.extractall(wheel_file.parent, filter="data")
+        (tree,) = wheel_file.parent.glob("shrp_hf-*/")
+    with zipfile.ZipFile(built(tree, "wheel", "*.whl")) as again:
+        assert {i.filename: i.CRC for i in again.infolist()} == {i.filename: i.CRC for i in wheel.infolist()}
+
+
+@pytest.fixture
+def installed(wheel_file, tmp_path):
+    """The environment variables of a process that finds the wheel, installed beside the dependencies that are here."""
+    words = ["install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel_file)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
+    return os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_installed_wheel_works_away_from_the_repository(installed, tmp_path):
+    """Without its dependencies, which are those of this environment: `make test-dist` installs them too."""
+    command = [sys.executable, "-P", str(ROOT / "tests" / "smoke.py")]
+    run = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"shrp_hf {shrp_hf.__version__} works in {tmp_path / 'site' / 'shrp_hf'}\n"
+
+
+@pytest.mark.slow  # a minute, because it reads the annotations of torch and Transformers
+def test_public_names_are_typed_for_strict_users(installed, tmp_path):
+    """As a user's mypy sees it: the package installed, none of our settings, no error hidden by an untyped name."""
+    shutil.copy(ROOT / "tests" / "public_use.py", tmp_path / "script.py")
+    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n", encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "script.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("name", shrp_hf.__all__)

@@ -23,7 +23,7 @@ from tests.tiny import batch, tiny_bert, tiny_routed
 from tests.tiny_training import bert, trainer_for
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"cahp": {"signature_size": 8, "perplexity": 3, "max_iter": 300}}
+OPTIONS = {"cahp": {"signature_size": 8, "perplexity": 3, "max_iter": 300}, "cahp-direct": {"signature_size": 8}}
 BUDGET = Budget.heads(5)
 TEXTS = [f"a film{i} that is {mood}" for i in range(12) for mood in ("good", "bad", "good and bad", "film good")]
 
@@ -75,7 +75,7 @@ def masked(seed=0):
 def clustered(seed=0):
     points = torch.rand(40, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     plane = embed(points @ points.T, perplexity=5, max_iter=300, seed=seed)
-    clusters = HeadClusters(plane, seed)
+    clusters = HeadClusters.in_plane(plane, seed)
     labels = torch.tensor(np.stack([clusters.labels(k) for k in (2, 5, 11, 23)]))
     return {"plane": digest({"": torch.tensor(plane)}), "labels": labels.tolist(), "curve": clusters.curve()}
 

@@ -47,9 +47,9 @@ def test_other_families_are_refused_by_name(family):
 
 
 def test_every_stock_family_has_a_shrp_row_with_the_same_paths():
-    for name, head_map in FAMILIES.items():
+    for name, layer_map in FAMILIES.items():
         if name not in ("xlm-roberta", "camembert") and not name.startswith("shrp_"):
-            assert FAMILIES[f"shrp_{name}"] is head_map
+            assert FAMILIES[f"shrp_{name.replace('-', '_')}"] is layer_map
 
 
 def exact(message):

@@ -37,6 +37,8 @@ CONFIG = {
     "initializer_range": 0.3,
 }
 POSTHOC = sorted(set(SELECTORS) - {"usage"})
+CLUSTERING = {"cahp", "cahp-direct"}  # their count is of clusters
+OPTIONS = {"cahp": {"signature_size": 8, "max_iter": 300}, "cahp-direct": {"signature_size": 8}}
 
 
 def exact(message):
@@ -57,7 +59,7 @@ def text_batches(num_batches=4):
 
 
 def build(name, budget, **options):
-    extra = {"signature_size": 8, "max_iter": 300} if name == "cahp" else {}
+    extra = OPTIONS.get(name, {})
     return SELECTORS[name](budget=budget, **extra, **options)
 
 
@@ -88,7 +90,7 @@ def test_every_selector_returns_a_plan_and_leaves_the_model(name):
     plan = selector.select(model, text_batches())
     assert plan.num_heads == HEADS
     assert plan.num_layers == LAYERS
-    assert plan.num_kept == 8 or (name == "cahp" and plan.num_kept > 8)
+    assert plan.num_kept == 8 or (name in CLUSTERING and plan.num_kept > 8)
     assert all(plan.kept)
     assert selector.scores.shape == (LAYERS, HEADS)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -163,7 +165,7 @@ def test_heads_that_are_gone_stay_gone_and_expert_layers_stay():
     config = ShrpBertConfig(**CONFIG, expert_layers=[3], routed=False)
     config.kept_heads = [[1, 3], [0, 1, 2, 3], [], [0, 2]]
     model = ShrpBertForSequenceClassification(config)
-    for name in sorted(set(POSTHOC) - {"cahp"}):
+    for name in sorted(set(POSTHOC) - CLUSTERING):
         plan = build(name, Budget.heads(3)).select(model, text_batches())
         assert plan.num_kept == 5
         assert plan.kept[2:] == ((), (0, 2))

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import batch, tiny_bert, tiny_routed
 
 from shrp_hf.benchmark import count_flops
 from shrp_hf.budget import Budget, Serving
@@ -27,6 +26,7 @@ from shrp_hf.selectors import (
 )
 from shrp_hf.selectors.spending import Spending
 from shrp_hf.surgery import masked_heads, prune_heads
+from tests.tiny import batch, tiny_bert, tiny_routed
 
 SECONDS = CostTable("seconds", 5.0, 1.0, (0, 1, 4), (0.0, 4.0, 7.0), (0, 16, 64), (0.0, 3.0, 12.0))
 WHOLE = 5 + 3 * (1 + 7 + 12)  # of three layers

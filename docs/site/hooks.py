@@ -10,7 +10,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-COPIED = {"index.md": "README.md", "examples.md": "examples/README.md", "security.md": "SECURITY.md"}
+COPIED = {
+    "index.md": "README.md",
+    "examples.md": "examples/README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -25,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Points links to those pages, as they have to be in the repository, to where the pages are on the site."""
     for page, source in COPIED.items():
-        markdown = markdown.replace(f"](../../{source})", f"](../{page})")
+        markdown = markdown.replace(f"](../../{source}", f"](../{page}").replace(f"](../{source}", f"]({page}")
     return markdown
 
 
@@ -38,4 +44,7 @@ def command_line() -> str:
 
 def _from_the_root(path: Path) -> str:
     """Returns a page of the repository with its links as they have to be from the root of the site."""
-    return re.sub(r"\]\((?:\.\./)?docs/", "](", path.read_text(encoding="utf-8"))
+    markdown = re.sub(r"\]\((?:\.\./)?docs/", "](", path.read_text(encoding="utf-8"))
+    for page, source in COPIED.items():
+        markdown = markdown.replace(f"]({source}", f"]({page}")
+    return markdown

@@ -77,7 +77,8 @@ def count_flops(model: nn.Module, batch_size: int, length: int) -> int:
     for parameter in trained:  # torch's counter stumbles over a view of a parameter, which is all that an empty layer adds
         parameter.requires_grad_(False)
     try:
-        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # What a model makes by the way (positions, say) is made where it is, whatever its forward says.
+        with evaluating(model), torch.no_grad(), model.device, FlopCounterMode(display=False) as counter:
             model(**inputs)
     finally:
         model.set_attn_implementation(implementation)
@@ -202,7 +203,9 @@ def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0)
     if longest is not None and length > longest:
         raise ValueError(f"`length` must be at most {longest}, the positions that the model has, got {length}.")
     ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
-    ids[ids == config.pad_token_id] = ((config.pad_token_id or 0) + 1) % config.vocab_size
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % config.vocab_size
     if type(model).__name__.endswith("ForMultipleChoice"):
         ids = ids.unsqueeze(1)  # one choice
     return {"input_ids": ids.to(weight.device)}

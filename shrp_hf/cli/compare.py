@@ -51,7 +51,9 @@ def compare(
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
-    selectors: Annotated[Any, list_option(str, "hies, his, entropy, cahp, magnitude, random, dsp, dsp-pipelined.")] = "",
+    selectors: Annotated[
+        Any, list_option(str, "hies, his, entropy, cahp, cahp-direct, magnitude, random, dsp, dsp-pipelined.")
+    ] = "",
     keep: Annotated[Any, list_option(float, "Shares of the heads that stay.")] = "",
     heads: Annotated[Any, list_option(int, "Numbers of heads that stay.")] = "",
     knee_degrees: Annotated[Any, list_option(int, "Degrees of CAHP's knee; the others keep as many heads as CAHP.")] = "",

@@ -32,7 +32,7 @@ def prune(
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
-    selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, magnitude, random or usage.")] = "hies",
+    selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, cahp-direct, magnitude, random or usage.")] = "hies",
     keep: Annotated[float | None, typer.Option(help="Share of the heads that stay (with --neurons, of both).")] = None,
     heads: Annotated[int | None, typer.Option(help="Number of heads that stay.")] = None,
     speedup: Annotated[

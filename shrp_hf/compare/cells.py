@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,9 @@ class Worker:
             return _planned(thin_plan(dense, spent, stats, uniform=budget == "share"), stats.importance())
         budgets = {"keep": Budget.fraction, "heads": Budget.heads, "knee_degree": Budget.knee}
         options: dict[str, Any] = {"min_heads_per_layer": self.settings.min_heads_per_layer}
-        if method in ("random", "cahp"):
-            options["seed"] = job.seed
-        if method == "cahp":
-            options["signature_size"] = self.settings.signature_size
+        taken = {field.name for field in fields(SELECTORS[method])}
+        available = {"seed": job.seed, "signature_size": self.settings.signature_size}
+        options |= {name: value for name, value in available.items() if name in taken}
         if method == "hies":
             options["alpha"] = "search" if self.settings.alpha is None else self.settings.alpha
             options["evaluate"] = partial(self._quality, dense)

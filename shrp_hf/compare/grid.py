@@ -164,9 +164,12 @@ class Grid:
         for degree in self.knee_degrees:
             if degree not in KNEE_DEGREES:
                 raise ValueError(f"`knee_degrees` must be between 2 and 6, got {degree}.")
-        if "cahp" in self.selectors or self.knee_degrees:
-            reason = "`selectors` with cahp" if "cahp" in self.selectors else "`knee_degrees`, which are CAHP's,"
-            missing = [name for name in ("sklearn", "kmedoids", "kneed") if find_spec(name) is None]
+        clustering = [name for name in ("cahp", "cahp-direct") if name in self.selectors]
+        if clustering or self.knee_degrees:
+            reason = f"`selectors` with {clustering[0]}" if clustering else "`knee_degrees`, which are CAHP's,"
+            direct_only = clustering == ["cahp-direct"] and not self.knee_degrees
+            packages = ("kmedoids",) if direct_only else ("sklearn", "kmedoids", "kneed")
+            missing = [name for name in packages if find_spec(name) is None]
             if missing:
                 raise ImportError(f"{reason} needs the package {missing[0]}: pip install 'shrp_hf[posthoc]', or leave it out.")
             if not shape.has_classes:
@@ -342,5 +345,5 @@ class Grid:
             yield from self._recovered(f"{method}-layers{count}", short, recipe, fields)
 
 
-STATISTICS = {"his": "heads", "hies": "heads", "entropy": "heads", "cahp": "signatures"}
+STATISTICS = {"his": "heads", "hies": "heads", "entropy": "heads", "cahp": "signatures", "cahp-direct": "signatures"}
 """Which pass over calibration rows a selector reads; those that are not named need none."""

@@ -24,7 +24,8 @@ from shrp_hf.files import writing_to
 from shrp_hf.onnx_export.runtime import EXTRA
 from shrp_hf.surgery import to_shrp
 
-NEURON_STEP = 64
+NEURON_STEP = 32  # multiples of 8 are fast on CPUs, and of 32 nowhere slower (docs/benchmarks-serving.md)
+_GRID = 64
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_HEAD_COUNTS = 17
 _WHOLE_LAYERS = 2
@@ -127,7 +128,7 @@ def _measured(
 ) -> CostTable:
     """Builds the ladder, times it, and makes the table of what its layers took."""
     heads, neurons, experts = _head_counts(layout.num_heads), _widths(about["num_neurons"]), _expert_counts(layout)
-    few_heads, few_neurons = heads[len(heads) // 2], neurons[-1] // 2 // NEURON_STEP * NEURON_STEP or neurons[-1]
+    few_heads, few_neurons = heads[len(heads) // 2], neurons[-1] // 2 // _GRID * _GRID or neurons[-1]
     parts = {
         "heads": [(count, few_neurons) for count in heads],
         "neurons": [(few_heads, count) for count in neurons],
@@ -201,7 +202,7 @@ def _head_counts(total: int) -> tuple[int, ...]:
 
 
 def _widths(total: int) -> tuple[int, ...]:
-    return (0, *(NEURON_STEP * step for step in _STEPS if NEURON_STEP * step < total), total)
+    return (0, *(_GRID * step for step in _STEPS if _GRID * step < total), total)
 
 
 def _medians(clock: Clock, doing: str, progress: Progress | None) -> list[float]:

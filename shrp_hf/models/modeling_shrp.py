@@ -177,7 +177,7 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
         *model_args: Any,
         expert_layers: int | Sequence[int] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Loads a Shrp checkpoint, or a plain one of the family, and converts it when asked to.
 
         Args:
@@ -208,7 +208,8 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
             ) from error
         if expert_layers is not None:
             model.convert_layers_(expert_layers)
-        return (model, info) if wants_info else model
+        loaded: Any = (model, info) if wants_info else model  # the pair only for those who ask, as in Transformers
+        return loaded
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

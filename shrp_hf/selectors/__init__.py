@@ -8,7 +8,7 @@ from shrp_hf.selectors.baselines import (
     RandomSelector,
     UsageSelector,
 )
-from shrp_hf.selectors.cahp import CahpSelector
+from shrp_hf.selectors.cahp import CahpDirectSelector, CahpSelector, HeadClusterSelector
 from shrp_hf.selectors.hies import HiesSelector
 from shrp_hf.selectors.neurons import (
     NeuronImportanceSelector,
@@ -19,6 +19,7 @@ from shrp_hf.selectors.neurons import (
 
 SELECTORS: dict[str, type[Selector]] = {
     "cahp": CahpSelector,
+    "cahp-direct": CahpDirectSelector,
     "entropy": EntropySelector,
     "hies": HiesSelector,
     "his": HisSelector,
@@ -36,8 +37,10 @@ NEURON_SELECTORS: dict[str, type[NeuronSelector]] = {
 __all__ = [
     "NEURON_SELECTORS",
     "SELECTORS",
+    "CahpDirectSelector",
     "CahpSelector",
     "EntropySelector",
+    "HeadClusterSelector",
     "HiesSelector",
     "HisSelector",
     "MagnitudeSelector",

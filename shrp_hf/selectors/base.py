@@ -63,7 +63,7 @@ class Selector(ABC):
             of comparing all heads with each other. With neurons: all layers keep as many of both.
         min_heads_per_layer: Heads that every layer keeps, its best ones; 0 allows layers without heads.
         min_neurons_per_layer: The same of neurons, rounded up to a width.
-        neuron_step: FFN widths are multiples of this, or the width that the layer has. None: 64, at which hardware is fast, or
+        neuron_step: FFN widths are multiples of this, or the width that the layer has. None: 32, at which hardware is fast, or
             an eighth of the unpruned width where that is less.
         frozen_layers: Layers that keep all their heads and neurons.
 

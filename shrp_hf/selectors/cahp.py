@@ -1,5 +1,6 @@
 """CAHP: one head per cluster of heads that tell classes apart in the same way (arXiv 2606.19150)."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,11 +12,11 @@ from shrp_hf.budget import Budget, find_knee
 from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest
 from shrp_hf.plan import KeepPlan
 from shrp_hf.selectors.base import Selector, min_max, telling
-from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_similarity
+from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_distances, head_similarity
 
 
 @dataclass(kw_only=True, eq=False)
-class CahpSelector(Selector):
+class HeadClusterSelector(Selector):
     """Clusters heads by how their attention differs between classes, and keeps the most salient head of each cluster.
 
     A count in the budget is the number of clusters; a layer left without heads gets its most salient ones back on top
@@ -26,25 +27,18 @@ class CahpSelector(Selector):
         signature_size: Side B of the resized attention maps: 32 for short sentences, 48 for pairs in the paper.
         granularity: Of the salience, measured on the first quarter of the batches: "batch" as in the paper's code,
             "sample" or "token".
-        perplexity: Of t-SNE; there must be more heads than that.
-        max_iter: Steps of t-SNE.
-        seed: Of t-SNE and FasterPAM.
 
     Attributes:
-        rows: (layer, head) of every point.
-        points: The t-SNE plane, shape (rows, 2).
+        rows: (layer, head) of every head that there is a choice about.
         curve: (k, mean silhouette) for k = 2 .. rows - 1; serves every degree.
-        labels: Cluster of every point in the last plan, shape (rows,).
+        labels: Cluster of every head in the last plan, shape (rows,).
+        medoids: Row of each cluster's medoid in the last plan, shape (clusters,).
     """
 
-    name: ClassVar[str] = "cahp"
     budget_kinds: ClassVar[tuple[str, ...]] = ("knee", "heads", "fraction")
     takes_neurons: ClassVar[bool] = False
     signature_size: int = 32
     granularity: str = "batch"
-    perplexity: float = 10
-    max_iter: int = 1000
-    seed: int = 0
     rows: list[tuple[int, int]] = field(init=False, default_factory=list, repr=False)
     labels: np.ndarray | None = field(init=False, default=None, repr=False)
     _clusters: HeadClusters | None = field(init=False, default=None, repr=False)
@@ -60,11 +54,6 @@ class CahpSelector(Selector):
     def _request(self) -> StatsRequest:
         """Signatures, and importance on the first quarter of the batches."""
         return StatsRequest(salience=True, signature_size=self.signature_size)
-
-    @property
-    def points(self) -> np.ndarray:
-        """The t-SNE plane, shape (rows, 2)."""
-        return self._scored_clusters().points
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -99,14 +88,17 @@ class CahpSelector(Selector):
             chosen.update(spare[: max(missing, 0)])
         return choice.plan(chosen)
 
+    @abstractmethod
+    def _clustered(self, gram: torch.Tensor) -> HeadClusters:
+        """Returns the clusters of heads whose feature rows X have the inner products `gram`, shape (rows, rows)."""
+
     def _scored(self, model: PreTrainedModel, stats: HeadStats) -> torch.Tensor:
         self.rows = self._scored_choice().rows
         position = {row: i for i, row in enumerate(stats.rows)}
         index = [position[row] for row in self.rows]
         mean, variance = (moment[:, index] for moment in stats.class_moments())
         salience = telling(stats.importance(self.granularity, first_quarter=True), "salience")
-        plane = embed(head_similarity(mean, variance), self.perplexity, self.max_iter, self.seed)
-        self._clusters, self.labels = HeadClusters(plane, self.seed), None
+        self._clusters, self.labels = self._clustered(head_similarity(mean, variance)), None
         return min_max(salience)
 
     def _count(self, budget: Budget) -> int:
@@ -124,3 +116,57 @@ class CahpSelector(Selector):
         if self._clusters is None:
             raise ValueError("Nothing is scored yet: call `select` or `score` with a model first.")
         return self._clusters
+
+
+@dataclass(kw_only=True, eq=False)
+class CahpSelector(HeadClusterSelector):
+    """CAHP as published: heads are clustered in a plane that t-SNE lays them out in, from a drawn start.
+
+    Another seed or other samples are another plane, and another plan: see `CahpDirectSelector`, which needs no plane.
+
+    Args:
+        signature_size: Side B of the resized attention maps: 32 for short sentences, 48 for pairs in the paper.
+        granularity: Of the salience, measured on the first quarter of the batches: "batch" as in the paper's code,
+            "sample" or "token".
+        perplexity: Of t-SNE; there must be more heads than that.
+        max_iter: Steps of t-SNE.
+        seed: Of t-SNE and FasterPAM.
+
+    Attributes:
+        points: The t-SNE plane, shape (rows, 2).
+    """
+
+    name: ClassVar[str] = "cahp"
+    perplexity: float = 10
+    max_iter: int = 1000
+    seed: int = 0
+    _plane: np.ndarray | None = field(init=False, default=None, repr=False)
+
+    @property
+    def points(self) -> np.ndarray:
+        """The t-SNE plane, shape (rows, 2)."""
+        self._scored_clusters()
+        return self._plane
+
+    def _clustered(self, gram: torch.Tensor) -> HeadClusters:
+        self._plane = embed(gram, self.perplexity, self.max_iter, self.seed)
+        return HeadClusters.in_plane(self._plane, self.seed)
+
+
+@dataclass(kw_only=True, eq=False)
+class CahpDirectSelector(HeadClusterSelector):
+    """CAHP without its plane, ours: k-medoids, silhouette and knee on the distances of the feature rows X themselves.
+
+    Nothing is drawn: the medoids start greedily (BUILD of PAM), so equal statistics are an equal plan. Everything else,
+    from the signatures to the salience, is `CahpSelector`'s.
+
+    Args:
+        signature_size: Side B of the resized attention maps: 32 for short sentences, 48 for pairs in the paper.
+        granularity: Of the salience, measured on the first quarter of the batches: "batch" as in the paper's code,
+            "sample" or "token".
+    """
+
+    name: ClassVar[str] = "cahp-direct"
+
+    def _clustered(self, gram: torch.Tensor) -> HeadClusters:
+        return HeadClusters(head_distances(gram))

@@ -1,7 +1,7 @@
-"""The geometry of CAHP (arXiv 2606.19150): class distances, the t-SNE plane, medoids for every k, their silhouette."""
+"""The geometry of CAHP (arXiv 2606.19150): distances of classes and heads, t-SNE, medoids for every k, their silhouette."""
 
 from itertools import combinations
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -42,6 +42,27 @@ def head_similarity(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     return gram
 
 
+def head_distances(gram: torch.Tensor) -> np.ndarray:
+    """Euclidean distances of the heads' feature rows X, shape (rows, rows), in double precision.
+
+    Args:
+        gram: X X^T, shape (rows, rows).
+
+    Raises:
+        ValueError: All heads are alike.
+    """
+    inner = gram.numpy()
+    norms = inner.diagonal()
+    squared = np.maximum(norms[:, None] + norms[None, :] - 2 * inner, 0)
+    np.fill_diagonal(squared, 0)
+    if squared.max() <= 1e-12 * max(norms.max(), 1):
+        raise ValueError(
+            "All heads tell the classes apart alike, so there are no clusters: check that the model is trained "
+            "and that the labels belong to its inputs."
+        )
+    return np.sqrt(squared)
+
+
 def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed: int = 0) -> np.ndarray:
     """Lays heads out in a plane by t-SNE (scikit-learn's defaults otherwise: PCA start, Barnes-Hut).
 
@@ -72,19 +93,10 @@ def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed
             f"t-SNE with `perplexity={perplexity}` needs more than {perplexity} heads, but there are {len(gram)}"
             " to choose from: lower it, or take another selector (HIES, HIS)."
         )
-    inner = gram.numpy()
     with threadpool_limits(1):
-        norms = inner.diagonal()
-        squared = np.maximum(norms[:, None] + norms[None, :] - 2 * inner, 0)
-        np.fill_diagonal(squared, 0)
-        if squared.max() <= 1e-12 * max(norms.max(), 1):
-            raise ValueError(
-                "All heads tell the classes apart alike, so there are no clusters: check that the model is trained "
-                "and that the labels belong to its inputs."
-            )
-        distances = np.sqrt(squared).astype(np.float32).astype(np.float64)
-        jitter = np.random.default_rng(seed).standard_normal((len(inner), 2))
-        start = _principal_components(inner) + (START_DEVIATION * JITTER * jitter).astype(np.float32)
+        distances = head_distances(gram).astype(np.float32).astype(np.float64)
+        jitter = np.random.default_rng(seed).standard_normal((len(gram), 2))
+        start = _principal_components(gram.numpy()) + (START_DEVIATION * JITTER * jitter).astype(np.float32)
         tsne = TSNE(perplexity=perplexity, max_iter=max_iter, random_state=seed, metric="precomputed", init=start, n_jobs=1)
         return tsne.fit_transform(distances).astype(np.float64)
 
@@ -100,22 +112,24 @@ def _principal_components(gram: np.ndarray) -> np.ndarray:
 
 
 class HeadClusters:
-    """Clusters of heads in the plane, for every number of clusters; computed once, whatever the degree of the knee.
+    """Clusters of heads, for every number of clusters; computed once, whatever the degree of the knee.
 
     Args:
-        points: The plane, shape (rows, 2).
-        seed: Of FasterPAM's start and order.
+        distances: Of every two heads, shape (rows, rows), float64.
+        seed: Of FasterPAM's start and order; None: PAM's greedy start (BUILD) and the heads in their order, which draw
+            nothing.
     """
 
-    points: np.ndarray
-    seed: int = 0
-
-    def __init__(self, points: np.ndarray, seed: int = 0) -> None:
-        self.points = points
+    def __init__(self, distances: np.ndarray, seed: int | None = None) -> None:
         self.seed = seed
-        self._distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+        self._distances = distances
         self._found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._curve: list[tuple[int, float]] = []
+
+    @classmethod
+    def in_plane(cls, points: np.ndarray, seed: int = 0) -> Self:
+        """Clusters points, shape (rows, 2), by their distances, as the paper does: FasterPAM from a drawn start."""
+        return cls(np.linalg.norm(points[:, None] - points[None], axis=-1), seed)
 
     def labels(self, num_clusters: int) -> np.ndarray:
         """Returns the cluster of every head among `num_clusters`, shape (rows,)."""
@@ -129,7 +143,7 @@ class HeadClusters:
         """Returns (k, mean silhouette) for k = 2 .. rows - 1; once it is 1, the rest is 1."""
         if not self._curve:
             values: list[float] = []
-            counts = range(2, len(self.points))
+            counts = range(2, len(self._distances))
             for k in counts:
                 done = bool(values) and values[-1] >= 1
                 values.append(1.0 if done else medoid_silhouette(self._distances, *self._cluster(k)))
@@ -142,7 +156,8 @@ class HeadClusters:
                 from kmedoids import fasterpam
             except ImportError as error:
                 raise ImportError("CAHP needs the package kmedoids: pip install 'shrp_hf[posthoc]'.") from error
-            found: Any = fasterpam(self._distances, num_clusters, random_state=self.seed, n_cpu=1)
+            start = "build" if self.seed is None else "random"
+            found: Any = fasterpam(self._distances, num_clusters, init=start, random_state=self.seed, n_cpu=1)
             self._found[num_clusters] = np.asarray(found.medoids, dtype=int), np.asarray(found.labels, dtype=int)
         return self._found[num_clusters]
 
