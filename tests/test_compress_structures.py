@@ -317,17 +317,15 @@ def test_table_that_misjudges_what_is_measured_is_made_anew_or_left(plain, tmp_p
 
     monkeypatch.setattr(compress_run, "latency_table", tables)
     shown = []
-    options = {"accuracy": {"thin": 0.95, "uniform": 0.95}, "structures": ("thin",)}
-    job = compression(plain, tmp_path / "a", Targets(2), **options)
-    verdict = job.run(show=shown.append)
-    assert made == [False, True]
-    assert job.table.unit == "seconds"
-    assert verdict.met
-    made.extend([True] * 8)
-    job = compression(plain, tmp_path / "b", Targets(2), **options)
-    assert job.run(show=shown.append).met
-    assert job.table.unit == "FLOPs"
-    assert any("misjudges what was measured by" in text and "planned by FLOPs" in text for text in shown)
+    for name, unit in (("again", "seconds"), ("never", "FLOPs")):
+        job = compression(plain, tmp_path / name, Targets(5000), {}, structures=("thin",))
+        with pytest.raises(ValueError, match="`speedup` 5000 is out of reach"):  # judged before anything is trained
+            job.run(show=shown.append)
+        assert job.table.unit == unit
+        assert made[:2] == [False, True]
+        assert any("misjudges what was measured by" in text and "planned by FLOPs" in text for text in shown) == (
+            unit == "FLOPs"
+        )
 
 
 def test_plans_that_turn_out_too_slow_are_followed_by_faster_ones(plain, tmp_path):  # noqa: F811
