@@ -141,13 +141,6 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
             if getattr(layer, "router", None) is not None:
                 layer.router.usage.zero_()
 
-    def _refresh_(self) -> None:
-        if self.config.intermediate_sizes is not None:  # a layer that became an expert layer has lost its own
-            self.config.set_num_neurons_(self.config.intermediate_sizes)
-        self.config.check_layers()
-        for module in {self, self.base_model}:
-            module._list_layer_classes_()
-
     # --- loading ---
 
     @classmethod
@@ -286,8 +279,6 @@ def auto_map(family: str, *heads: str) -> dict[str, str]:
     config, model = (f"{kind}_shrp_{family.lower()}.Shrp{family}" for kind in ("configuration", "modeling"))
     classes = {f"AutoModelFor{head}": f"{model}For{head}" for head in heads}
     return {"AutoConfig": f"{config}Config", "AutoModel": f"{model}Model"} | classes
-
-
 
 
 def _layer_indices(layers: int | Sequence[int], total: int) -> list[int]:

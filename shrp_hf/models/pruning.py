@@ -99,4 +99,8 @@ class PrunedLayersMixin:
         return {i: output_means.of_layer(i, (len(present[i]), size), widths[i]) for i in sorted(ordinary)}
 
     def _refresh_(self) -> None:
-        raise NotImplementedError
+        if self.config.intermediate_sizes is not None:  # a layer that became an expert layer has lost its own
+            self.config.set_num_neurons_(self.config.intermediate_sizes)
+        self.config.check_layers()
+        for module in {self, self.base_model}:
+            module._list_layer_classes_()
