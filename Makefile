@@ -62,9 +62,9 @@ test-dist: dist  # each of the two in an empty environment, away from this direc
 	done
 
 benchmark: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.foundation --threads 2
-	$(BIN)/python -m benchmarks.posthoc --threads 2
-	$(BIN)/python -m benchmarks.serving --threads 2
+	$(BIN)/python -m experiments.foundation --threads 2
+	$(BIN)/python -m experiments.posthoc --threads 2
+	$(BIN)/python -m experiments.serving --threads 2
 
 clean:
 	rm -rf $(VENV) .venv-floor .venv-newest .venv-dist out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,9 +19,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from shrp_hf import ShrpBertModel, ShrpTrainer, ShrpTrainingArguments
-from shrp_hf.benchmark import ModelReport, count_flops, count_parameters, measure_throughput
-from shrp_hf.model_card import write_card
-from shrp_hf.record import Measured, Rows, RunRecord, Score, kept_heads, source_name
+from shrp_hf.measuring import ModelReport, count_flops, count_parameters, measure_throughput
+from shrp_hf.publishing.card import write_card
+from shrp_hf.publishing.record import Measured, Rows, RunRecord, Score, kept_heads, source_name
 from shrp_hf.tasks import load_task
 from shrp_hf.tasks.docstrings import docstring_rows
 

@@ -42,7 +42,7 @@ def main() -> None:
         loaded = [name for name in ("torch", "transformers", "shrp_hf") if name in sys.modules]
         print(json.dumps({"labels": serve(words.output, words.sentences), "imported": loaded}))
         return
-    from shrp_hf.onnx_export import export_onnx, load_for_export
+    from shrp_hf.export import export_onnx, load_for_export
 
     model, tokenizer = load_for_export(words.model)
     path = export_onnx(model, tokenizer, words.output, int8=words.int8)

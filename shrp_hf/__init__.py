@@ -7,8 +7,6 @@ import transformers
 from peft.utils import constants as _peft
 
 from shrp_hf._version import __version__
-from shrp_hf.budget import Budget, Serving
-from shrp_hf.dsp import DspCallback
 from shrp_hf.families import register_family
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.configuration_shrp_debertav2 import ShrpDebertaV2Config
@@ -84,7 +82,9 @@ from shrp_hf.models.modeling_shrp_roberta import (
     ShrpRobertaModel,
 )
 from shrp_hf.models.modeling_shrp_vit import ShrpViTForImageClassification, ShrpViTModel
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.budget import Budget, Serving
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.selectors import (
     CahpDirectSelector,
     CahpSelector,
@@ -98,9 +98,9 @@ from shrp_hf.selectors import (
     RandomSelector,
     UsageSelector,
 )
-from shrp_hf.surgery import masked_heads, prune_heads, to_shrp, to_stock
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments, recovery_arguments
+from shrp_hf.selectors.dsp import DspCallback
+from shrp_hf.training.arguments import ShrpTrainingArguments, recovery_arguments
+from shrp_hf.training.trainer import ShrpTrainer
 
 for _base in (
     ShrpBertModel,

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.budget import Budget
-from shrp_hf.costs import CostTable
 from shrp_hf.families import head_layout
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
-from shrp_hf.plan import KeepPlan
-from shrp_hf.recipes import CALIBRATION_SAMPLES, Setup
-from shrp_hf.sampling import calibration_batches
+from shrp_hf.measuring import CostTable
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.selectors import HisSelector, NeuronImportanceSelector
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.training.recipes import CALIBRATION_SAMPLES, Setup
+from shrp_hf.training.sampling import calibration_batches
 
 _REQUEST = StatsRequest(importance=True, neurons=True, means=True)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shrp_hf.allocation import Frontier, Menu
+from shrp_hf.plans.allocation import Frontier, Menu
 
 NUMBER = st.integers(0, 40).map(lambda n: n / 8)  # sums of these are exact
 MENU = st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=5).map(lambda rows: Menu(*map(list, zip(*rows, strict=True))))

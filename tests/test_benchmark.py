@@ -20,7 +20,7 @@ from transformers import (
     ViTModel,
 )
 
-from shrp_hf.benchmark import (
+from shrp_hf.measuring import (
     ModelReport,
     ParameterCount,
     Timing,
@@ -34,7 +34,7 @@ from shrp_hf.benchmark import (
     report_table,
     training_step,
 )
-from shrp_hf.benchmark import timing as timing_module
+from shrp_hf.measuring import timing as timing_module
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification, ShrpBertModel
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shrp_hf.budget import Budget, KneeNotFoundError, Serving, find_knee
+from shrp_hf.plans.budget import Budget, KneeNotFoundError, Serving, find_knee
 
 
 def exact(message):

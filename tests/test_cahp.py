@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from shrp_hf.budget import Budget, KneeNotFoundError, find_knee
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
+from shrp_hf.plans.budget import Budget, KneeNotFoundError, find_knee
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from shrp_hf.selectors import CahpDirectSelector, CahpSelector
 from shrp_hf.selectors.cahp_math import (
     HeadClusters,

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 
 from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads, to_shrp
 from shrp_hf.checkpoints import open_model, open_tokenizer
-from shrp_hf.onnx_export import load_for_export
-from shrp_hf.posthoc import PruneOptions, prune_posthoc
-from shrp_hf.runs import check_output
+from shrp_hf.export import load_for_export
 from shrp_hf.tasks import Task, load_fine_tuned, load_to_fine_tune
-from shrp_hf.workflow import Workflow, WorkflowOptions
+from shrp_hf.workflows.prune import PruneOptions, prune_posthoc
+from shrp_hf.workflows.run_directory import check_output
+from shrp_hf.workflows.train import Workflow, WorkflowOptions
 from tests.test_loading import logits_of, pruned_by_transformers_4, realigned
 from tests.tiny import same_state, tiny_bert
 from tests.tiny_training import trainer_for

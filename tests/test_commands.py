@@ -18,21 +18,21 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, Trai
 from typer.testing import CliRunner
 
 from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads, workflow
-from shrp_hf.budget import Serving
 from shrp_hf.cli.app import NOT_VERIFIED
 from shrp_hf.cli.progress import one_bar_each
-from shrp_hf.compress import Compression, CompressOptions, Targets
-from shrp_hf.costs import CostTable
-from shrp_hf.head_stats import HeadStats
-from shrp_hf.plan import KeepPlan
-from shrp_hf.posthoc import PruneOptions, prune_posthoc
-from shrp_hf.recipes import Recipe
-from shrp_hf.record import Rows, RunRecord, source_name
-from shrp_hf.runs import problem_when_reopened
+from shrp_hf.measuring import CostTable
+from shrp_hf.plans.budget import Serving
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.publishing.record import Rows, RunRecord, source_name
+from shrp_hf.scoring import HeadStats
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.selectors import base as selectors_base
 from shrp_hf.tasks import load_task
-from shrp_hf.workflow import REOPENED, Workflow, WorkflowOptions
+from shrp_hf.training.recipes import Recipe
+from shrp_hf.workflows.compress import Compression, CompressOptions, Targets
+from shrp_hf.workflows.prune import PruneOptions, prune_posthoc
+from shrp_hf.workflows.run_directory import problem_when_reopened
+from shrp_hf.workflows.train import REOPENED, Workflow, WorkflowOptions
 from tests.tiny import same_state, tiny_bert
 
 GOOD, BAD = ("good", "great", "fine", "warm"), ("bad", "dull", "poor", "cold")

@@ -17,18 +17,18 @@ import torch
 from transformers import BertTokenizer
 from typer.testing import CliRunner
 
-from benchmarks import results as page
+from experiments import results as page
 from shrp_hf import cli
-from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
-from shrp_hf.compare.architectures import Shape, empty_model
-from shrp_hf.compare.claims import claim
-from shrp_hf.compare.figures import _panels
-from shrp_hf.compare.grid import ModelShape
-from shrp_hf.compare.tables import estimate, rows_of
-from shrp_hf.plan import KeepPlan
-from shrp_hf.recipes import RECIPES, Recipe
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.tasks.loading import load_task
+from shrp_hf.training.recipes import RECIPES, Recipe
+from shrp_hf.workflows.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
+from shrp_hf.workflows.compare.architectures import Shape, empty_model
+from shrp_hf.workflows.compare.claims import claim
+from shrp_hf.workflows.compare.figures import _panels
+from shrp_hf.workflows.compare.grid import ModelShape
+from shrp_hf.workflows.compare.tables import estimate, rows_of
 from tests.test_commands import BAD, FILLERS, GOOD
 from tests.tiny import tiny_bert
 
@@ -183,7 +183,7 @@ def test_kept_heads_are_those_of_a_selector_run_by_hand(compared, work):
     from torch.utils.data import DataLoader
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-    from shrp_hf.budget import Budget
+    from shrp_hf.plans.budget import Budget
     from shrp_hf.selectors import HiesSelector
 
     folder = compared / "models" / "dense-seed1"
@@ -258,7 +258,7 @@ def groups(output):
 
 
 def test_speed_is_measured_once_for_all_shapes(compared, monkeypatch):
-    monkeypatch.setattr("shrp_hf.benchmark.timing.MIN_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("shrp_hf.measuring.timing.MIN_ROUND_SECONDS", 0.0)
     (compared / "speed.json").unlink(missing_ok=True)
     cells = read_cells(compared)
     with claim(compared / "claims" / "speed.lock"):
@@ -355,7 +355,7 @@ def test_keep_rates_count_seeds(compared):
 RUN = """
 import sys
 from shrp_hf import cli
-from shrp_hf.recipes import RECIPES, Recipe
+from shrp_hf.training.recipes import RECIPES, Recipe
 RECIPES["default"] = Recipe("default", 0.25, 0.25, recovery_epochs=0.25, distillation_logits=1.0)
 sys.argv = ["shrp-hf", *sys.argv[1:]]
 cli.main()
@@ -416,7 +416,7 @@ def test_claim_is_one_process_s_and_dies_with_it(tmp_path):
 
 
 def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path, quick, monkeypatch):
-    from shrp_hf.compare import cells
+    from shrp_hf.workflows.compare import cells
 
     monkeypatch.setattr(cells, "keep_layers", lambda *args: 1 / 0)
     grid = Grid(selectors=("magnitude",), keep=(0.5,), truncate=(2,), recovery_epochs=(0,), without_random=True)
@@ -431,8 +431,8 @@ def test_failed_cell_is_kept_with_its_error_and_the_others_go_on(work, tmp_path,
 
 
 def test_structures_stand_side_by_side(work, tmp_path, quick, monkeypatch):
-    from shrp_hf.compare import cells as jobs
-    from shrp_hf.costs import flop_table
+    from shrp_hf.measuring import flop_table
+    from shrp_hf.workflows.compare import cells as jobs
 
     monkeypatch.setattr(jobs, "latency_table", flop_table)
     grid = Grid(thin=(2, 3), thin_keep=(0.5,), spread=(2,), truncate=(2,), expert_layers=(2,), recovery_epochs=(0, 0.25))
@@ -463,8 +463,8 @@ def test_structures_stand_side_by_side(work, tmp_path, quick, monkeypatch):
 
 
 def test_thin_cells_out_of_range_are_refused(work, tmp_path, quick, monkeypatch):
-    from shrp_hf.compare import cells as jobs
-    from shrp_hf.costs import flop_table
+    from shrp_hf.measuring import flop_table
+    from shrp_hf.workflows.compare import cells as jobs
 
     for name, value, message in (
         ("thin", 1, "`thin` must be speed-ups above 1, such as 4, got 1"),
@@ -488,7 +488,7 @@ def test_thin_cells_out_of_range_are_refused(work, tmp_path, quick, monkeypatch)
 
 
 def test_empty_model_has_the_flops_of_the_cell():
-    from shrp_hf.benchmark import count_flops, count_parameters
+    from shrp_hf.measuring import count_flops, count_parameters
 
     dense = to_shrp(tiny_bert())
     cut = prune_heads(dense, KeepPlan(((0, 1, 2, 3), (1,), (0,)), 4))
@@ -594,13 +594,15 @@ def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     grid = Grid(selectors=("cahp",), heads=(6,))
     with pytest.raises(ValueError, match="compares classes, but the task has no single class for each row"):
         grid.check(ModelShape(3, 4, has_classes=False))
-    monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None)
+    monkeypatch.setattr("shrp_hf.workflows.compare.grid.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package sklearn: pip install 'shrp_hf\[posthoc\]', or leave it out"):
         grid.check(SHAPE)
     direct = Grid(selectors=("cahp-direct",), heads=(6,))
     with pytest.raises(ImportError, match=r"^`selectors` with cahp-direct needs the package kmedoids: pip install "):
         direct.check(SHAPE)
-    monkeypatch.setattr("shrp_hf.compare.grid.find_spec", lambda name: None if name in ("sklearn", "kneed") else name)
+    monkeypatch.setattr(
+        "shrp_hf.workflows.compare.grid.find_spec", lambda name: None if name in ("sklearn", "kneed") else name
+    )
     direct.check(SHAPE)  # neither a plane nor a knee
     with pytest.raises(ImportError, match="needs the package sklearn: "):
         replace(direct, knee_degrees=(3,)).check(SHAPE)
@@ -658,7 +660,7 @@ def test_results_page_is_taken_up_and_tells_failures(work, tmp_path, monkeypatch
     assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "sst2" / "cells").iterdir()}
     assert f"Written: {tmp_path / 'sst2' / 'report.html'}" in capsys.readouterr().out
 
-    monkeypatch.setattr("shrp_hf.compare.cells.keep_layers", lambda *args: 1 / 0)
+    monkeypatch.setattr("shrp_hf.workflows.compare.cells.keep_layers", lambda *args: 1 / 0)
     monkeypatch.setattr(page, "grids", lambda task, seeds: [Grid(truncate=(2,), seeds=seeds)])
     assert page.main(words) == 1
     assert "Failed: truncate-layers2-default-recovery0.25-seed0: " in capsys.readouterr().out

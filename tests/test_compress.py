@@ -13,16 +13,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertToke
 from typer.testing import CliRunner
 
 from shrp_hf import cli
-from shrp_hf.benchmark import Timing, count_flops
-from shrp_hf.compress import Compression, CompressOptions, Experts, Targets, Trial, verdict
-from shrp_hf.compress import run as compress_run
-from shrp_hf.compress.candidates import candidates, untrained, worthwhile
-from shrp_hf.compress.search import best, check_reachable, search
-from shrp_hf.compress.verdict import Verdict
-from shrp_hf.costs import flop_table
-from shrp_hf.recipes import Recipe
-from shrp_hf.surgery import to_shrp
+from shrp_hf.measuring import Timing, count_flops, flop_table
+from shrp_hf.pruning import to_shrp
 from shrp_hf.tasks import Task
+from shrp_hf.training.recipes import Recipe
+from shrp_hf.workflows.compress import Compression, CompressOptions, Experts, Targets, Trial, verdict
+from shrp_hf.workflows.compress import run as compress_run
+from shrp_hf.workflows.compress.candidates import candidates, untrained, worthwhile
+from shrp_hf.workflows.compress.search import best, check_reachable, search
+from shrp_hf.workflows.compress.verdict import Verdict
 from tests.tiny import batch, same_state, tiny_bert
 
 WORDS = ("good", "bad", "the", "film", "is", "very")
@@ -80,7 +79,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
     """Opens the result in a new process in one test only, and draws few resamples: both cost seconds."""
-    monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 50)
+    monkeypatch.setattr("shrp_hf.workflows.compress.verdict.NUM_RESAMPLES", 50)
     monkeypatch.setattr(compress_run, "latency_table", flop_table)
     if "loads" not in request.node.name:
         monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")

@@ -19,7 +19,12 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from shrp_hf.compress import (
+from shrp_hf.measuring import flop_table
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import to_shrp
+from shrp_hf.structures import keep_layers, thin_reach
+from shrp_hf.training.recipes import find_recipe
+from shrp_hf.workflows.compress import (
     STRUCTURES,
     Compression,
     Experts,
@@ -30,14 +35,9 @@ from shrp_hf.compress import (
     Trial,
     Uniform,
 )
-from shrp_hf.compress import run as compress_run
-from shrp_hf.compress.candidates import candidates, probes, rungs, table_error, untrained, worthwhile
-from shrp_hf.compress.search import best, check_reachable, search
-from shrp_hf.costs import flop_table
-from shrp_hf.plan import KeepPlan
-from shrp_hf.recipes import find_recipe
-from shrp_hf.structures import keep_layers, thin_reach
-from shrp_hf.surgery import to_shrp
+from shrp_hf.workflows.compress import run as compress_run
+from shrp_hf.workflows.compress.candidates import candidates, probes, rungs, table_error, untrained, worthwhile
+from shrp_hf.workflows.compress.search import best, check_reachable, search
 from tests.test_compress import QUICK, TASK, WORDS, flop_time, plain  # noqa: F401
 from tests.test_families import TABLE, outputs, stock
 from tests.tiny import randomize_, same_state, tiny_bert
@@ -73,7 +73,7 @@ def predict_by_kind(**accuracy):
 @pytest.fixture(autouse=True)
 def _quick(request, monkeypatch):
     """Costs are counted, few resamples are drawn, and the result is opened in a new process in one test only."""
-    monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 50)
+    monkeypatch.setattr("shrp_hf.workflows.compress.verdict.NUM_RESAMPLES", 50)
     monkeypatch.setattr(compress_run, "latency_table", flop_table)
     if "new_process" not in request.node.name:
         monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
 from tests.tiny import batch, same_state, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)

@@ -17,13 +17,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from shrp_hf.benchmark import count_flops, random_inputs
-from shrp_hf.budget import Serving
-from shrp_hf.costs import CostTable, flop_table, latency_table, measured, parameter_table
-from shrp_hf.costs.ladder import build_ladder, time_eager
 from shrp_hf.families import head_layout
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads
+from shrp_hf.measuring import CostTable, count_flops, flop_table, latency_table, measured, parameter_table, random_inputs
+from shrp_hf.measuring.ladder import build_ladder, time_eager
+from shrp_hf.plans.budget import Serving
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads
 from tests.tiny import tiny_bert, tiny_routed
 from tests.toy_family import ToyConfig, ToyForSequenceClassification, forgotten_afterwards, register
 
@@ -279,7 +278,7 @@ def test_the_ladder_has_a_pooler_where_the_model_has_one(has_pooler):
 @pytest.mark.parametrize(("build", "int8"), [(vit, False), (static_experts, True)], ids=["float32", "int8"])
 def test_the_parts_of_the_ladder_in_onnx_say_together_what_pytorch_says(build, int8, tmp_path):
     pytest.importorskip("onnxruntime")
-    from shrp_hf.costs.onnx_ladder import open_parts, run_part, time_onnx
+    from shrp_hf.measuring.onnx_ladder import open_parts, run_part, time_onnx
 
     model = build()
     ladder = build_ladder(model, [(4, 64), (0, 16), (3, 0)], [2] if head_layout(model).expert_layers else [])

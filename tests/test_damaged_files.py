@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from shrp_hf import ShrpBertForSequenceClassification, ShrpBertModel
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
 from tests.tiny import SIZES, tiny_bert, tiny_routed
 
 WEIGHTS = "model.safetensors"

@@ -16,7 +16,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from shrp_hf.distillation import (
+from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
+from shrp_hf.pruning import to_shrp
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.distillation import (
     hidden_states_loss,
     logits_loss,
     recorded_values,
@@ -24,10 +27,7 @@ from shrp_hf.distillation import (
     taught_by,
     value_relations_loss,
 )
-from shrp_hf.models.modeling_shrp_bert import ShrpBertForQuestionAnswering
-from shrp_hf.surgery import to_shrp
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import NO_DROPOUT, SIZES, batch, randomize_, tiny_bert, tiny_routed
 
 

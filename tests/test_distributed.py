@@ -10,12 +10,12 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shrp_hf.budget import Budget
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from shrp_hf.selectors import CahpSelector, HiesSelector
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import NO_DROPOUT, batch, examples, tiny_bert, tiny_routed
 
 ROOT = Path(__file__).parents[1]

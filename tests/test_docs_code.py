@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from typer.testing import CliRunner
 
 from shrp_hf import KeepPlan, cli, prune_heads
-from shrp_hf.compress import Compression
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from shrp_hf.workflows.compress import Compression
 from tests.markdown_code import PAGES, ROOT, Block, blocks_of, check_command, commands_of
 from tests.test_compress import flop_time
 from tests.tiny import tiny_bert
@@ -178,8 +178,8 @@ def test_commands_run(page, page_folder, data_from_the_hub):
         pytest.param("shrp-hf prune out --dataset sst2 --keep half --output x", "valid", id="value"),
         pytest.param("shrp-hf shrink out", "No such command", id="command"),
         pytest.param("make tests", "no such target", id="target"),
-        pytest.param("python -m benchmarks.foundation --rounds many", "invalid int value", id="value of a module"),
-        pytest.param("python -m benchmarks.foundation --round 3 --speed", "unknown options", id="option of a module"),
+        pytest.param("python -m experiments.foundation --rounds many", "invalid int value", id="value of a module"),
+        pytest.param("python -m experiments.foundation --round 3 --speed", "unknown options", id="option of a module"),
         pytest.param("python examples/prune.py --model x", "No such file", id="script"),
         pytest.param('pip install -e ".[post-hoc]"', "no such extra", id="extra"),
         pytest.param("pytest -m quick", "no such marker", id="marker"),

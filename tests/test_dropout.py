@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from shrp_hf.dropout import dropout_rates
-from shrp_hf.surgery import to_shrp
+from shrp_hf.pruning import to_shrp
+from shrp_hf.training.dropout import dropout_rates
 from tests.test_families import TABLE, stock
 from tests.tiny import batch, tiny_bert, tiny_routed
 from tests.tiny_training import trainer_for

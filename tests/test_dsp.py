@@ -16,11 +16,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from shrp_hf.dsp import DspCallback, relaxed_top_k
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import masked_heads, prune_heads
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments, recovery_arguments
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import masked_heads, prune_heads
+from shrp_hf.selectors.dsp import DspCallback, relaxed_top_k
+from shrp_hf.training.arguments import ShrpTrainingArguments, recovery_arguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import NO_DROPOUT, examples, same_state, tiny_bert, tiny_routed
 
 PLAIN = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "per_device_train_batch_size": 8}

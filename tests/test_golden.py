@@ -8,8 +8,8 @@ from transformers import AutoModelForImageClassification, AutoModelForMaskedLM, 
 
 import shrp_hf
 from shrp_hf import Budget, HiesSelector, KeepPlan
-from shrp_hf.head_stats import HeadStats, collect_head_stats
 from shrp_hf.models.configuration_shrp import FORMAT_VERSION
+from shrp_hf.scoring import HeadStats, collect_head_stats
 from tests.golden.make import HERE, MADE, STOCK, batches, inputs, measured
 from tests.tiny import assert_near
 

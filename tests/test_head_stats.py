@@ -37,7 +37,9 @@ from transformers import (
 )
 
 from shrp_hf.families import head_layout
-from shrp_hf.head_stats import (
+from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
+from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from shrp_hf.scoring import (
     GRANULARITIES,
     StatsRequest,
     attention_entropy,
@@ -45,8 +47,6 @@ from shrp_hf.head_stats import (
     resize_weights,
     weight_magnitude,
 )
-from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
-from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
 
 LAYERS, HEADS, LENGTH = 2, 4, 7
 TINY = {"hidden_size": 16, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 8}

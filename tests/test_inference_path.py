@@ -15,10 +15,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from shrp_hf.benchmark import random_inputs
+from shrp_hf.measuring import random_inputs
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
 from tests.tiny import SIZES, assert_near, batch, force_experts_, randomize_, tiny_bert, tiny_routed
 
 HALF = KeepPlan(((0, 2), (1,), (0, 1, 2, 3)), 4)

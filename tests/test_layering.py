@@ -11,23 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("files", "allocation", "lengths", "outputs"),
-    ("_version", "plan", "budget", "numerics", "card_parts"),
-    ("models", "environment"),
-    ("families", "training_args", "usage"),
-    ("surgery", "head_stats"),
-    ("checkpoints",),
-    ("onnx_export", "benchmark"),
-    ("costs",),
+    ("_version", "files", "card_parts"),
+    ("plans",),
+    ("models", "numerics"),
+    ("families",),
+    ("scoring", "pruning", "checkpoints"),
+    ("export",),
+    ("measuring",),
     ("selectors",),
-    ("tasks", "distillation", "dropout", "sampling", "teacher_outputs", "routing_log"),
-    ("trainer", "dsp"),
-    ("recipes",),
+    ("tasks", "training"),
     ("structures",),
-    ("plots", "report"),
-    ("record", "runs"),
-    ("model_card",),
-    ("workflow", "posthoc", "compare", "compress", "serving"),
+    ("publishing",),
+    ("workflows",),
     ("cli", "__init__"),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
@@ -116,29 +111,36 @@ def test_no_import_cycle():
 
 
 def test_every_file_is_found():
-    assert {"shrp_hf", "shrp_hf.plan", "shrp_hf.models.expert_layer", "shrp_hf.selectors"} <= set(MODULES)
+    assert {"shrp_hf", "shrp_hf.plans.keep_plan", "shrp_hf.models.expert_layer", "shrp_hf.selectors"} <= set(MODULES)
 
 
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        pytest.param("plan", "from shrp_hf.trainer import x", "plan (row 1) may not import shrp_hf.trainer", id="up"),
-        pytest.param("plan", "from shrp_hf.budget import Budget", "may not import shrp_hf.budget", id="own row"),
-        pytest.param("plan", "def f():\n    import shrp_hf.cli", "line 2: plan (row 1)", id="inside a function"),
-        pytest.param("plan", "importlib.import_module('shrp_hf.cli')", "may not import shrp_hf.cli", id="by name"),
+        pytest.param(
+            "plans.x",
+            "from shrp_hf.training.trainer import x",
+            "plans (row 1) may not import shrp_hf.training.trainer",
+            id="up",
+        ),
+        pytest.param("pruning", "from shrp_hf.scoring import X", "may not import shrp_hf.scoring", id="own row"),
+        pytest.param("plans.x", "def f():\n    import shrp_hf.cli", "line 2: plans (row 1)", id="inside a function"),
+        pytest.param("plans.x", "importlib.import_module('shrp_hf.cli')", "may not import shrp_hf.cli", id="by name"),
         pytest.param("cli", "import shrp_hf", "package root", id="root"),
         pytest.param("cli", "from shrp_hf import __version__", "package root", id="name from the root"),
         pytest.param("cli", "from .plan import KeepPlan", "only models/ imports relatively", id="relative"),
         pytest.param("cli", "from . import plan", "only models/ imports relatively", id="relative room"),
         pytest.param("models.x", "from ..plan import KeepPlan", "may not import ..plan", id="parent"),
         pytest.param("models.x", "from shrp_hf.models import y", "may not import shrp_hf.models", id="absolute"),
-        pytest.param("models.x", "from shrp_hf.plan import KeepPlan", "may not import shrp_hf.plan", id="leaving"),
+        pytest.param(
+            "models.x", "from shrp_hf.plans.keep_plan import KeepPlan", "may not import shrp_hf.plans.keep_plan", id="leaving"
+        ),
         pytest.param("models.x", "import numpy", "may not import numpy", id="third party in models"),
         pytest.param("models.x", "import huggingface_hub", "may not import huggingface_hub", id="hub in models"),
         pytest.param("attic", "", "attic: add it to ROWS", id="unknown room"),
-        pytest.param("plan", "from __future__ import annotations", "future annotations", id="future"),
-        pytest.param("plan", "print(1)", "line 1: print", id="print"),
-        pytest.param("plan", "\n" * (MAX_LINES + 1), "split it", id="long"),
+        pytest.param("plans.x", "from __future__ import annotations", "future annotations", id="future"),
+        pytest.param("plans.x", "print(1)", "line 1: print", id="print"),
+        pytest.param("plans.x", "\n" * (MAX_LINES + 1), "split it", id="long"),
     ],
 )
 def test_broken_rule_is_reported(module, source, complaint):
@@ -148,7 +150,10 @@ def test_broken_rule_is_reported(module, source, complaint):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("trainer", "from shrp_hf.plan import KeepPlan\nfrom shrp_hf.models.expert_layer import x\nimport numpy"),
+        (
+            "training.x",
+            "from shrp_hf.plans.keep_plan import KeepPlan\nfrom shrp_hf.models.expert_layer import x\nimport numpy",
+        ),
         ("selectors.x", "from shrp_hf.selectors.base import Selector"),
         ("models.x", "from .y import z\nfrom . import y\nfrom huggingface_hub.dataclasses import strict\nimport math"),
     ],

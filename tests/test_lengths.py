@@ -7,15 +7,15 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoConfig, BertTokenizer, RobertaConfig, RobertaForSequenceClassification, ViTConfig, ViTModel
 
-from shrp_hf.benchmark import count_flops, random_inputs
-from shrp_hf.compress.options import CompressOptions
-from shrp_hf.compress.run import Compression
-from shrp_hf.compress.search import Targets
-from shrp_hf.lengths import fitting_length, num_positions
-from shrp_hf.serving import ServingOptions, measure_serving
-from shrp_hf.surgery import to_shrp
+from shrp_hf.measuring import count_flops, random_inputs
+from shrp_hf.models.lengths import fitting_length, num_positions
+from shrp_hf.pruning import to_shrp
 from shrp_hf.tasks import Task
-from shrp_hf.workflow import Workflow, WorkflowOptions
+from shrp_hf.workflows.benchmark import ServingOptions, measure_serving
+from shrp_hf.workflows.compress.options import CompressOptions
+from shrp_hf.workflows.compress.run import Compression
+from shrp_hf.workflows.compress.search import Targets
+from shrp_hf.workflows.train import Workflow, WorkflowOptions
 from tests.tiny import SIZES, tiny_bert
 
 POSITIONS = SIZES["max_position_embeddings"]

@@ -14,12 +14,22 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from shrp_hf import KeepPlan, cli
-from shrp_hf.benchmark import ModelReport, Timing, accuracy_interval, count_flops, count_parameters
-from shrp_hf.model_card import CITATIONS, METHODS, write_card
-from shrp_hf.recipes import Recipe
-from shrp_hf.record import RECORD_NAME, Measured, Rows, RunRecord, Score, expert_choice, kept_heads, origin, source_name
+from shrp_hf.measuring import ModelReport, Timing, accuracy_interval, count_flops, count_parameters
+from shrp_hf.pruning import prune_heads
+from shrp_hf.publishing.card import CITATIONS, METHODS, write_card
+from shrp_hf.publishing.record import (
+    RECORD_NAME,
+    Measured,
+    Rows,
+    RunRecord,
+    Score,
+    expert_choice,
+    kept_heads,
+    origin,
+    source_name,
+)
 from shrp_hf.selectors import SELECTORS
-from shrp_hf.surgery import prune_heads
+from shrp_hf.training.recipes import Recipe
 from tests.tiny import tiny_bert, tiny_routed
 
 KEPT = ((0, 1, 2, 3), (2,), (0, 3))

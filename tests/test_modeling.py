@@ -34,8 +34,8 @@ from shrp_hf import (
     ShrpBertModel,
 )
 from shrp_hf.models.expert_layer import load_balancing_loss
-from shrp_hf.surgery import prune_heads, to_shrp
-from shrp_hf.usage import plan_by_usage
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.selectors.usage import plan_by_usage
 from tests.tiny import NO_DROPOUT, SIZES, batch, force_experts_, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)

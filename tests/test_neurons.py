@@ -17,10 +17,10 @@ from shrp_hf import (
     masked_heads,
     prune_heads,
 )
-from shrp_hf.benchmark import count_flops, model_cost, peak_memory
 from shrp_hf.families import head_layout
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
+from shrp_hf.measuring import count_flops, model_cost, peak_memory
 from shrp_hf.models.slicing import OutputMeans
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
 from shrp_hf.selectors import NEURON_SELECTORS
 from tests.test_families import ALL, EXACT, TABLE, inputs, outputs, stock
 from tests.tiny import tiny_routed

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.numerics import first_not_finite, rounding_bound
-from shrp_hf.surgery import to_shrp
+from shrp_hf.pruning import to_shrp
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from tests.tiny import batch, tiny_bert
 from tests.tiny_training import bert, trainer_for
 

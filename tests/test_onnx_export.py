@@ -16,10 +16,10 @@ from transformers import AutoConfig, BertConfig, BertTokenizer
 from typer.testing import CliRunner
 
 from shrp_hf import KeepPlan, cli, prune_heads, to_shrp
+from shrp_hf.export import check, export, export_onnx, load_for_export, onnx_session
+from shrp_hf.export.graph import OUTPUTS
+from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.numerics import ROUNDINGS
-from shrp_hf.onnx_export import check, export, export_onnx, load_for_export, onnx_session
-from shrp_hf.onnx_export.graph import OUTPUTS
-from shrp_hf.onnx_export.sentences import SENTENCES
 from tests.test_families import CASES, TABLE, WITHOUT_EXPERTS, inputs, stock
 from tests.tiny import assert_near, randomize_, same_state, tiny_bert, tiny_routed
 

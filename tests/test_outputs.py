@@ -6,8 +6,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from shrp_hf.outputs import predicts_per_token, problem_type, task_head
-from shrp_hf.surgery import to_shrp
+from shrp_hf.models.outputs import predicts_per_token, problem_type, task_head
+from shrp_hf.pruning import to_shrp
 from tests.tiny import tiny_bert
 
 FLOATS, CLASSES = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)

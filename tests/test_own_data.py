@@ -7,11 +7,11 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, Data
 from typer.testing import CliRunner
 
 from shrp_hf import cli
-from shrp_hf.compare import Comparison, Grid, Settings, read_cells, write_results
-from shrp_hf.compress import Compression
-from shrp_hf.compress import run as compress_run
-from shrp_hf.costs import flop_table
+from shrp_hf.measuring import flop_table
 from shrp_hf.tasks import KINDS, Reading, Task, baseline_of, check_learned, label_names_of, load_task
+from shrp_hf.workflows.compare import Comparison, Grid, Settings, read_cells, write_results
+from shrp_hf.workflows.compress import Compression
+from shrp_hf.workflows.compress import run as compress_run
 from tests.test_compress import WORDS, flop_time
 from tests.test_reading_data import COUNT, REVIEWS, SEVERAL, all_rows, mood, records, write_csv, write_jsonl
 from tests.tiny import tiny_bert
@@ -92,7 +92,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
     monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
     monkeypatch.setattr(compress_run, "latency_table", flop_table)
-    monkeypatch.setattr("shrp_hf.compress.verdict.NUM_RESAMPLES", 20)
+    monkeypatch.setattr("shrp_hf.workflows.compress.verdict.NUM_RESAMPLES", 20)
 
 
 @pytest.mark.parametrize("names", [("negative", "positive"), (-1, 1)], ids=["words", "minus one"])

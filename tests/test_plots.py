@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from shrp_hf.plan import KeepPlan
-from shrp_hf.plots import (
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.publishing.plots import (
     curves,
     plot_clusters,
     plot_frontier,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.demos import NAMES, row
+from experiments.demos import NAMES, row
 from tests.processors import NEWEST, SETTINGS, effect, probe
 
 PLAIN = {"torch": "2.13.0", "threads": 2, "capability": "AVX512", "mkl": True, "product": "a", "softmax": "b", "gelu": "c"}

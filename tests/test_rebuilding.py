@@ -25,7 +25,7 @@ from shrp_hf import (
     to_shrp,
     to_stock,
 )
-from shrp_hf.onnx_export import export_onnx
+from shrp_hf.export import export_onnx
 from tests.tiny import batch, randomize_, same_state, tiny_bert
 
 LORA = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.recipe_screen import CHANGES, STRUCTURES, combined
-from benchmarks.screen_model import Dropout, Encoder, score, student_of
-from benchmarks.screen_training import Lesson, Recipe, Rows, task_losses, teach, train
-from shrp_hf.distillation import hidden_states_loss, logits_loss
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from experiments.recipe_screen import CHANGES, STRUCTURES, combined
+from experiments.screen_model import Dropout, Encoder, score, student_of
+from experiments.screen_training import Lesson, Recipe, Rows, task_losses, teach, train
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.training.distillation import hidden_states_loss, logits_loss
 from tests.tiny import randomize_
 
 EXACT = {"rtol": 0, "atol": 1e-10}

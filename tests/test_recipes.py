@@ -9,8 +9,9 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, DataCollatorWithPadding
 
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
-from shrp_hf.recipes import (
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.scoring import StatsRequest, collect_head_stats
+from shrp_hf.training.recipes import (
     EXPERT_SELECTORS,
     RECIPES,
     Recipe,
@@ -21,7 +22,6 @@ from shrp_hf.recipes import (
     recover,
     without_routers,
 )
-from shrp_hf.surgery import prune_heads, to_shrp
 from tests.tiny import same_state, tiny_bert
 
 QUICK = Recipe("quick", 1, 1, recovery_epochs=1, expander_learning_rate=1e-3, distillation_logits=1)

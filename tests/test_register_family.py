@@ -23,7 +23,7 @@ from shrp_hf import (
     to_stock,
 )
 from shrp_hf.families import FAMILIES, head_layout
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from tests.tiny import batch, randomize_, same_state
 from tests.toy_family import (
     TOY,

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from shrp_hf.budget import Budget
-from shrp_hf.dsp import DspCallback
-from shrp_hf.head_stats import collect_head_stats
+from shrp_hf.plans.budget import Budget
+from shrp_hf.scoring import collect_head_stats
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.selectors.cahp_math import HeadClusters, embed
+from shrp_hf.selectors.dsp import DspCallback
 from shrp_hf.tasks.splits import cut_by_text, cut_whole_sentences, sample
 from tests.tiny import batch, tiny_bert, tiny_routed
 from tests.tiny_training import bert, trainer_for

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import shrp_hf
-from shrp_hf.model_card import CITATIONS
+from shrp_hf.publishing.card import CITATIONS
 from tests.markdown_code import check_command, commands_of
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from shrp_hf.families import FAMILIES, head_layout
-from shrp_hf.head_stats import StatsRequest, collect_head_stats, weight_magnitude
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
+from shrp_hf.scoring import StatsRequest, collect_head_stats, weight_magnitude
 from tests.foreign import FOREIGN, foreign_model, refusal
 
 LENGTH = 7

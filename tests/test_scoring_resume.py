@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from shrp_hf.budget import Budget
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.plans.budget import Budget
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.selectors import CahpSelector, HiesSelector
 
 LENGTH = 7

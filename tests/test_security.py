@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from typer.testing import CliRunner
 
 from shrp_hf import KeepPlan, ShrpBertForSequenceClassification, cli
-from shrp_hf.surgery import prune_heads
+from shrp_hf.pruning import prune_heads
 from tests.tiny import same_state, tiny_bert, tiny_routed
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from shrp_hf.budget import Budget
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from shrp_hf.selectors import (
     SELECTORS,
     CahpSelector,
@@ -24,7 +25,6 @@ from shrp_hf.selectors import (
     UsageSelector,
 )
 from shrp_hf.selectors.base import min_max
-from shrp_hf.surgery import prune_heads
 
 LAYERS, HEADS = 4, 4
 CONFIG = {

@@ -9,16 +9,16 @@ import torch
 from transformers import BertTokenizer, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 from typer.testing import CliRunner
 
-from benchmarks import int8 as int8_benchmark
-from benchmarks import serving as serving_benchmark
+from experiments import int8 as int8_benchmark
+from experiments import serving as serving_benchmark
 from shrp_hf import KeepPlan, cli, prune_heads
-from shrp_hf.benchmark import Timing, count_flops
-from shrp_hf.benchmark import timing as timing_module
-from shrp_hf.plots import plot_speed
-from shrp_hf.serving import ServingOptions, ServingResult, ServingRow, measure_serving, write_serving
-from shrp_hf.serving.runtimes import OnnxRunner, TorchRunner
-from shrp_hf.serving.workloads import Workload, count_flops_of
-from shrp_hf.surgery import to_shrp
+from shrp_hf.measuring import Timing, count_flops
+from shrp_hf.measuring import timing as timing_module
+from shrp_hf.measuring.runtimes import OnnxRunner, TorchRunner
+from shrp_hf.measuring.workloads import Workload, count_flops_of
+from shrp_hf.pruning import to_shrp
+from shrp_hf.publishing.plots import plot_speed
+from shrp_hf.workflows.benchmark import ServingOptions, ServingResult, ServingRow, measure_serving, write_serving
 from tests.tiny import assert_near, tiny_bert
 
 WORDS = ("good", "bad", "the", "film", "is")
@@ -99,7 +99,7 @@ def test_onnx_files_are_measured_beside_pytorch_and_removed(models, tmp_path, mo
 
 def test_onnx_runner_says_what_the_torch_runner_says(models, tmp_path):
     pytest.importorskip("onnxruntime")
-    from shrp_hf.onnx_export import export_onnx
+    from shrp_hf.export import export_onnx
 
     model, tokenizer = models["half"]
     batch = Workload(4, None, TEXTS).batches(model, tokenizer)[0]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from shrp_hf.benchmark import count_flops
-from shrp_hf.budget import Budget, Serving
-from shrp_hf.costs import CostTable, flop_table, measured, parameter_table
-from shrp_hf.environment import environment
 from shrp_hf.families import head_layout
-from shrp_hf.head_stats import StatsRequest, collect_head_stats, neuron_magnitude, weight_magnitude
-from shrp_hf.plan import KeepPlan
+from shrp_hf.measuring import CostTable, count_flops, flop_table, measured, parameter_table
+from shrp_hf.measuring.environment import environment
+from shrp_hf.plans.budget import Budget, Serving
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import masked_heads, prune_heads
+from shrp_hf.scoring import StatsRequest, collect_head_stats, neuron_magnitude, weight_magnitude
 from shrp_hf.selectors import (
     CahpSelector,
     EntropySelector,
@@ -25,7 +25,6 @@ from shrp_hf.selectors import (
     UsageSelector,
 )
 from shrp_hf.selectors.spending import Spending
-from shrp_hf.surgery import masked_heads, prune_heads
 from tests.tiny import batch, tiny_bert, tiny_routed
 
 SECONDS = CostTable("seconds", 5.0, 1.0, (0, 1, 4), (0.0, 4.0, 7.0), (0, 16, 64), (0.0, 3.0, 12.0))

@@ -13,12 +13,12 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from shrp_hf.budget import Budget, Serving
-from shrp_hf.costs import flop_table
-from shrp_hf.head_stats import StatsRequest
-from shrp_hf.recipes import Setup, find_recipe, recover
+from shrp_hf.measuring import flop_table
+from shrp_hf.plans.budget import Budget, Serving
+from shrp_hf.pruning import masked_heads, prune_heads, to_shrp
+from shrp_hf.scoring import StatsRequest
 from shrp_hf.structures import cut, keep_layers, score, spread_layers, thin, thin_plan, thin_reach, uniform_plan
-from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
+from shrp_hf.training.recipes import Setup, find_recipe, recover
 from tests.tiny import assert_near, batch, randomize_, same_state, tiny_bert
 
 
@@ -58,7 +58,7 @@ def test_one_pass_scores_all_that_a_thin_student_needs_and_is_kept(setup, tmp_pa
     dense, cache = to_shrp(tiny_bert(num_labels=3)), tmp_path / "scores.safetensors"
     stats = score(dense, setup, cache=cache)
     assert stats.request.covers(StatsRequest(importance=True, neurons=True, means=True))
-    monkeypatch.setattr("shrp_hf.head_stats.scoring._score", lambda *args: 1 / 0)
+    monkeypatch.setattr("shrp_hf.scoring.collect._score", lambda *args: 1 / 0)
     assert torch.equal(score(dense, setup, cache=cache).importance(), stats.importance())
 
 

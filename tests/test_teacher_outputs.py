@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from transformers import BertForTokenClassification, BertTokenizer, DataCollatorWithPadding
 
-from shrp_hf import teacher_outputs
-from shrp_hf.surgery import to_shrp
-from shrp_hf.teacher_outputs import ROW_COLUMN, TeacherOutputs
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.pruning import to_shrp
+from shrp_hf.training import teacher_outputs
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.teacher_outputs import ROW_COLUMN, TeacherOutputs
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import NO_DROPOUT, tiny_bert, tiny_routed
 
 STATES = ("hidden_states", "logits")

@@ -10,10 +10,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from shrp_hf import ShrpBertForSequenceClassification
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import NO_DROPOUT, batch, examples, same_state, tiny_routed
 from tests.tiny_training import DATA, SHRP, STOCK, bert, logged, trainer_for
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from transformers import HfArgumentParser
 
-from shrp_hf.training_args import ShrpTrainingArguments, StageSchedule
+from shrp_hf.training.arguments import ShrpTrainingArguments, StageSchedule
 
 # The old name of the option works with every release that we support.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")

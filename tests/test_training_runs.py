@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.surgery import to_shrp
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.pruning import to_shrp
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import examples, force_experts_, randomize_, same_state, tiny_routed
 from tests.tiny_training import DATA, SHRP, STOCK, bert, logged, trainer_for
 

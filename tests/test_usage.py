@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
-from shrp_hf.usage import plan_by_usage, usage_table
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.selectors.usage import plan_by_usage, usage_table
 from tests.tiny import NO_DROPOUT, batch, tiny_bert, tiny_routed
 
 ALL = (0, 1, 2, 3)

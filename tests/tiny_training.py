@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
-from shrp_hf.trainer import ShrpTrainer
-from shrp_hf.training_args import ShrpTrainingArguments
+from shrp_hf.training.arguments import ShrpTrainingArguments
+from shrp_hf.training.trainer import ShrpTrainer
 from tests.tiny import examples, tiny_bert
 
 DATA = examples(64)  # 48 to train on, 16 held out: 6 steps an epoch

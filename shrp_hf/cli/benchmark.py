@@ -35,11 +35,11 @@ def benchmark(
 
     Example: `shrp-hf benchmark out/demo/dense out/demo/static --runtimes eager,onnx,int8 --shapes 1x32,8x128`
     """
-    from shrp_hf.environment import command_line, environment
-    from shrp_hf.onnx_export import load_for_export
-    from shrp_hf.runs import check_output
-    from shrp_hf.serving import ServingOptions, measure_serving, write_serving
+    from shrp_hf.export import load_for_export
+    from shrp_hf.measuring.environment import command_line, environment
     from shrp_hf.tasks.files import read_texts
+    from shrp_hf.workflows.benchmark import ServingOptions, measure_serving, write_serving
+    from shrp_hf.workflows.run_directory import check_output
 
     if output is not None:
         check_output(output, models)

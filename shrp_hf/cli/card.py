@@ -16,6 +16,6 @@ def card(folder: Annotated[Path, typer.Argument(help="Directory of a model that 
 
     Example: `shrp-hf card out/demo/static`
     """
-    from shrp_hf.model_card import write_card
+    from shrp_hf.publishing.card import write_card
 
     console.print(f"Written: {write_card(folder)}", soft_wrap=True)

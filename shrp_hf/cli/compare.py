@@ -28,7 +28,7 @@ from shrp_hf.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from shrp_hf.compare import Comparison
+    from shrp_hf.workflows.compare import Comparison
 
 
 _ALPHA = 'HIES: weight of importance, or "search" (on held-out rows).'
@@ -101,8 +101,8 @@ def compare(
     Example: `shrp-hf compare out/demo/dense --dataset docstrings --selectors hies,his,cahp --keep 0.75,0.5
     --recovery-epochs 0,1 --truncate 1,3 --expert-layers 3,5 --output out/compare`
     """
-    from shrp_hf.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
     from shrp_hf.tasks import Reading
+    from shrp_hf.workflows.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
 
     grid = Grid(
         selectors=selectors,

@@ -79,9 +79,9 @@ def compress(
     Example: `shrp-hf compress out/demo/dense --dataset docstrings --speedup 4 --output out/fast`
     """
     from shrp_hf.cli.progress import one_bar_each
-    from shrp_hf.compress import Compression, CompressOptions, Targets
-    from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks import Reading
+    from shrp_hf.training.recipes import find_recipe
+    from shrp_hf.workflows.compress import Compression, CompressOptions, Targets
 
     batch_size_measured, length = _numbers("shape", shape, "x", 2)
     options = CompressOptions(

@@ -46,10 +46,10 @@ def export(
     """
     import json
 
-    from shrp_hf.onnx_export import export_onnx, load_for_export
-    from shrp_hf.runs import check_output
+    from shrp_hf.export import export_onnx, load_for_export
     from shrp_hf.tasks import Reading
     from shrp_hf.tasks.files import read_texts
+    from shrp_hf.workflows.run_directory import check_output
 
     if dataset is not None and texts is not None:
         raise ValueError("Give one of `--dataset` and `--texts`, not both.")

@@ -11,9 +11,9 @@ def inspect(model: ModelArgument) -> None:
 
     Example: `shrp-hf inspect out/demo/static`
     """
-    from shrp_hf.benchmark import count_parameters
     from shrp_hf.checkpoints import open_model
-    from shrp_hf.surgery import to_shrp
+    from shrp_hf.measuring import count_parameters
+    from shrp_hf.pruning import to_shrp
 
     loaded = to_shrp(open_model(model)[0])
     config = loaded.config

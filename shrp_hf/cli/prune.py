@@ -79,8 +79,8 @@ def prune(
     Example: `shrp-hf prune out/demo/dense --dataset docstrings --speedup 2 --shape 1x32 --runtime onnx --output out/fast`
     """
     from shrp_hf.cli.progress import one_bar_each
-    from shrp_hf.posthoc import PruneOptions, prune_posthoc
     from shrp_hf.tasks import Reading
+    from shrp_hf.workflows.prune import PruneOptions, prune_posthoc
 
     prune_options = PruneOptions(
         selector=selector,

@@ -28,7 +28,7 @@ from shrp_hf.cli.app import (
 
 if TYPE_CHECKING:
     from shrp_hf.tasks import Task
-    from shrp_hf.workflow import WorkflowOptions
+    from shrp_hf.workflows.train import WorkflowOptions
 
 
 DEMO_STAGES = {
@@ -78,9 +78,9 @@ def train(
 
     Example: `shrp-hf train bert-base-uncased --dataset sst2 --num-expert-layers 6 --output out/sst2`
     """
-    from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks import Reading
-    from shrp_hf.workflow import WorkflowOptions
+    from shrp_hf.training.recipes import find_recipe
+    from shrp_hf.workflows.train import WorkflowOptions
 
     reading = Reading(text_column, text_pair_column, label_column, task)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
@@ -114,9 +114,9 @@ def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
 
     Example: `shrp-hf demo --output out/demo`
     """
-    from shrp_hf.recipes import find_recipe
     from shrp_hf.tasks.loading import load_task
-    from shrp_hf.workflow import WorkflowOptions
+    from shrp_hf.training.recipes import find_recipe
+    from shrp_hf.workflows.train import WorkflowOptions
 
     task = load_task("docstrings", seed=seed, max_train=2700)
     say_task(task)
@@ -136,7 +136,7 @@ def _demo_model() -> Path:
 
 def _run(model: str, task: "Task", output: Path, workflow_options: "WorkflowOptions") -> None:
     from shrp_hf.cli.progress import one_bar_each
-    from shrp_hf.workflow import Workflow
+    from shrp_hf.workflows.train import Workflow
 
     with one_bar_each(console) as bar:
         workflow = Workflow(model, task, output, workflow_options, bar)

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.budget import Budget
-from shrp_hf.costs import CostTable, flop_table, latency_table, parameter_table
-from shrp_hf.costs.measured import NEURON_STEP, warn_of_another_machine
 from shrp_hf.families import HeadLayout, head_layout
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, scored_heads
-from shrp_hf.plan import KeepPlan
+from shrp_hf.measuring import CostTable, flop_table, latency_table, parameter_table
+from shrp_hf.measuring.latency import NEURON_STEP, warn_of_another_machine
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import to_shrp
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats, scored_heads
 from shrp_hf.selectors.spending import Spending
-from shrp_hf.surgery import to_shrp
 
 
 def min_max(scores: torch.Tensor) -> torch.Tensor:

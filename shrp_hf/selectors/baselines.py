@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.families import HeadLayout
-from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest, neuron_magnitude, weight_magnitude
+from shrp_hf.scoring import GRANULARITIES, HeadStats, StatsRequest, neuron_magnitude, weight_magnitude
 from shrp_hf.selectors.base import Selector, telling
 
 

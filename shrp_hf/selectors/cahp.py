@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.budget import Budget, find_knee
-from shrp_hf.head_stats import GRANULARITIES, HeadStats, StatsRequest
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.budget import Budget, find_knee
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.scoring import GRANULARITIES, HeadStats, StatsRequest
 from shrp_hf.selectors.base import Selector, min_max, telling
 from shrp_hf.selectors.cahp_math import HeadClusters, embed, head_distances, head_similarity
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.budget import Budget
-from shrp_hf.head_stats import HeadStats, StatsRequest
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.scoring import HeadStats, StatsRequest
 from shrp_hf.selectors.base import min_max
 from shrp_hf.selectors.baselines import HisSelector
 

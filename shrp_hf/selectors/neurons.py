@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.families import HeadLayout, head_layout
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
 
 
 @dataclass(kw_only=True, eq=False)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shrp_hf.allocation import Frontier, Menu
-from shrp_hf.costs import CostTable
 from shrp_hf.families import HeadLayout
-from shrp_hf.plan import KeepPlan
+from shrp_hf.measuring import CostTable
+from shrp_hf.plans.allocation import Frontier, Menu
+from shrp_hf.plans.keep_plan import KeepPlan
 
 _ROUNDING = 1e-9  # of a limit: sums of the same costs in another order differ in their last bits
 

@@ -5,7 +5,7 @@ import logging
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from shrp_hf.checkpoints import open_model
-from shrp_hf.surgery import to_shrp
+from shrp_hf.pruning import to_shrp
 from shrp_hf.tasks.task import Task
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from shrp_hf.lengths import fitting_length
+from shrp_hf.models.lengths import fitting_length
 from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
 from shrp_hf.tasks.sources import TASK_NAMES
 

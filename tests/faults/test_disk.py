@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 from shrp_hf import cli
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
+from shrp_hf.export import export_onnx
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
-from shrp_hf.onnx_export import export_onnx
-from shrp_hf.plan import KeepPlan
-from shrp_hf.report import write_text
-from shrp_hf.surgery import to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import to_shrp
+from shrp_hf.publishing.report import write_text
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from tests.faults.isolation import FORK, silence
 from tests.tiny import batch, tiny_bert
 from tests.tiny_training import trainer_for

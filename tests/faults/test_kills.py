@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
-# Imported here so that the forked children find them in memory: a command then starts in milliseconds.
-import shrp_hf.compare
-import shrp_hf.onnx_export
-import shrp_hf.posthoc
+import shrp_hf.export
 import shrp_hf.tasks.loading
-import shrp_hf.workflow  # noqa: F401
+
+# Imported here so that the forked children find them in memory: a command then starts in milliseconds.
+import shrp_hf.workflows.compare
+import shrp_hf.workflows.prune
+import shrp_hf.workflows.train  # noqa: F401
 from shrp_hf import cli
-from shrp_hf.head_stats import HeadStats
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.scoring import HeadStats
 from tests.faults.isolation import FORK, silence
 from tests.tiny import same_state, tiny_bert, tiny_routed
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shrp_hf.budget import Budget
-from shrp_hf.head_stats import HeadStats, StatsRequest
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
+from shrp_hf.scoring import HeadStats, StatsRequest
 from tests.tiny import tiny_bert
 
 OPEN = ShrpBertForSequenceClassification.from_pretrained

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import prune_heads, to_shrp
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import prune_heads, to_shrp
 from tests.faults.fuzzing import CONFIG, INDEX, MUTATIONS
 from tests.faults.isolation import in_children
 from tests.test_families import stock

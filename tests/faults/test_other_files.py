@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BertForSequenceClassification
 
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
-from shrp_hf.head_stats.stats import _checksum
-from shrp_hf.plan import KeepPlan
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
+from shrp_hf.scoring.stats import _checksum
 from tests.faults.fuzzing import WILD, flip, garble, nest, replace_by_no_file, truncate
 from tests.faults.isolation import in_children
 from tests.tiny import batch, tiny_bert

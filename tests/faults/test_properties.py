@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import tests.tiny
-from shrp_hf.budget import Budget
 from shrp_hf.families import head_layout
-from shrp_hf.head_stats import StatsRequest
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
 from shrp_hf.models.modeling_shrp_bert import ShrpBertModel
 from shrp_hf.numerics import ROUNDINGS, rounding_bound
-from shrp_hf.plan import KeepPlan
-from shrp_hf.surgery import masked_heads, prune_heads, to_shrp
+from shrp_hf.plans.budget import Budget
+from shrp_hf.plans.keep_plan import KeepPlan
+from shrp_hf.pruning import masked_heads, prune_heads, to_shrp
+from shrp_hf.scoring import StatsRequest
 from tests.test_families import TABLE, transformers
 from tests.tiny import force_experts_, randomize_, same_state
 

@@ -12,8 +12,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from shrp_hf import Budget, CahpSelector, HiesSelector, KeepPlan, prune_heads, to_shrp
-from shrp_hf.head_stats import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.models.configuration_shrp import FORMAT_VERSION
+from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
 from tests.tiny import randomize_
 
 HERE = Path(__file__).parent

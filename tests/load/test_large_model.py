@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from shrp_hf import Budget, CahpSelector, HiesSelector, KeepPlan, ShrpBertForSequenceClassification, prune_heads, to_shrp
-from shrp_hf.head_stats import collect_head_stats
+from shrp_hf.scoring import collect_head_stats
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 16.0  # GiB

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shrp_hf.head_stats import StatsRequest, collect_head_stats
+from shrp_hf.scoring import StatsRequest, collect_head_stats
 from tests.load.conftest import resident
 from tests.tiny import tiny_bert
 

@@ -1,1 +1,0 @@
-"""Benchmarks against stated targets; run one with `python -m benchmarks.NAME`."""

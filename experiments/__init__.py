@@ -1,0 +1,1 @@
+"""Benchmarks against stated targets; run one with `python -m experiments.NAME`."""

@@ -1,6 +1,0 @@
-"""Writes models for ONNX Runtime, and refuses to publish a file that does not say what PyTorch says."""
-
-from shrp_hf.onnx_export.export import export_onnx, load_for_export
-from shrp_hf.onnx_export.runtime import onnx_session
-
-__all__ = ["export_onnx", "load_for_export", "onnx_session"]

@@ -1,0 +1,1 @@
+"""The commands as functions: a verb each, and the directory that a run fills."""
