@@ -1,210 +1,73 @@
 """Makes Transformer encoders smaller and faster by attention head; what it writes is a model anyone can load.
 
-Importing registers the Shrp classes with Transformers' Auto classes, and tells PEFT where LoRA goes; it does nothing else.
+Importing registers the Shrp configs with AutoConfig; the first config that is built registers the models. Each public name is
+imported when it is first used: see `__init__.pyi` for where it comes from.
 """
 
+import importlib
+from typing import Any
+
 import transformers
-from peft.utils import constants as _peft
 
 from shrp_hf._version import __version__
-from shrp_hf.families import register_family
-from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
-from shrp_hf.models.configuration_shrp_debertav2 import ShrpDebertaV2Config
-from shrp_hf.models.configuration_shrp_distilbert import ShrpDistilBertConfig
-from shrp_hf.models.configuration_shrp_electra import ShrpElectraConfig
-from shrp_hf.models.configuration_shrp_modernbert import ShrpModernBertConfig
-from shrp_hf.models.configuration_shrp_mpnet import ShrpMPNetConfig
-from shrp_hf.models.configuration_shrp_nomicbert import ShrpNomicBertConfig
-from shrp_hf.models.configuration_shrp_roberta import ShrpRobertaConfig
-from shrp_hf.models.configuration_shrp_vit import ShrpViTConfig
-from shrp_hf.models.layer_map import LayerMap, Part
-from shrp_hf.models.modeling_shrp_bert import (
-    ShrpBertForMaskedLM,
-    ShrpBertForMultipleChoice,
-    ShrpBertForQuestionAnswering,
-    ShrpBertForSequenceClassification,
-    ShrpBertForTokenClassification,
-    ShrpBertModel,
-)
-from shrp_hf.models.modeling_shrp_debertav2 import (
-    ShrpDebertaV2ForMaskedLM,
-    ShrpDebertaV2ForMultipleChoice,
-    ShrpDebertaV2ForQuestionAnswering,
-    ShrpDebertaV2ForSequenceClassification,
-    ShrpDebertaV2ForTokenClassification,
-    ShrpDebertaV2Model,
-)
-from shrp_hf.models.modeling_shrp_distilbert import (
-    ShrpDistilBertForMaskedLM,
-    ShrpDistilBertForMultipleChoice,
-    ShrpDistilBertForQuestionAnswering,
-    ShrpDistilBertForSequenceClassification,
-    ShrpDistilBertForTokenClassification,
-    ShrpDistilBertModel,
-)
-from shrp_hf.models.modeling_shrp_electra import (
-    ShrpElectraForMaskedLM,
-    ShrpElectraForMultipleChoice,
-    ShrpElectraForPreTraining,
-    ShrpElectraForQuestionAnswering,
-    ShrpElectraForSequenceClassification,
-    ShrpElectraForTokenClassification,
-    ShrpElectraModel,
-)
-from shrp_hf.models.modeling_shrp_modernbert import (
-    ShrpModernBertForMaskedLM,
-    ShrpModernBertForMultipleChoice,
-    ShrpModernBertForQuestionAnswering,
-    ShrpModernBertForSequenceClassification,
-    ShrpModernBertForTokenClassification,
-    ShrpModernBertModel,
-)
-from shrp_hf.models.modeling_shrp_mpnet import (
-    ShrpMPNetForMaskedLM,
-    ShrpMPNetForMultipleChoice,
-    ShrpMPNetForQuestionAnswering,
-    ShrpMPNetForSequenceClassification,
-    ShrpMPNetForTokenClassification,
-    ShrpMPNetModel,
-)
-from shrp_hf.models.modeling_shrp_nomicbert import (
-    ShrpNomicBertForMaskedLM,
-    ShrpNomicBertForSequenceClassification,
-    ShrpNomicBertForTokenClassification,
-    ShrpNomicBertModel,
-)
-from shrp_hf.models.modeling_shrp_roberta import (
-    ShrpRobertaForMaskedLM,
-    ShrpRobertaForMultipleChoice,
-    ShrpRobertaForQuestionAnswering,
-    ShrpRobertaForSequenceClassification,
-    ShrpRobertaForTokenClassification,
-    ShrpRobertaModel,
-)
-from shrp_hf.models.modeling_shrp_vit import ShrpViTForImageClassification, ShrpViTModel
-from shrp_hf.plans.budget import Budget, Serving
-from shrp_hf.plans.keep_plan import KeepPlan
-from shrp_hf.pruning import masked_heads, prune_heads, to_shrp, to_stock
-from shrp_hf.selectors import (
-    CahpDirectSelector,
-    CahpSelector,
-    EntropySelector,
-    HiesSelector,
-    HisSelector,
-    MagnitudeSelector,
-    NeuronImportanceSelector,
-    NeuronMagnitudeSelector,
-    NeuronRandomSelector,
-    RandomSelector,
-    UsageSelector,
-)
-from shrp_hf.selectors.dsp import DspCallback
-from shrp_hf.training.arguments import ShrpTrainingArguments, recovery_arguments
-from shrp_hf.training.trainer import ShrpTrainer
+from shrp_hf.models.configuration_shrp import ShrpConfigFields as _ConfigFields
 
-for _base in (
-    ShrpBertModel,
-    ShrpDebertaV2Model,
-    ShrpDistilBertModel,
-    ShrpElectraModel,
-    ShrpMPNetModel,
-    ShrpModernBertModel,
-    ShrpNomicBertModel,
-    ShrpRobertaModel,
-    ShrpViTModel,
-):
-    _config = _base.config_class
+_HEADS = "ForMaskedLM ForMultipleChoice ForQuestionAnswering ForSequenceClassification ForTokenClassification"
+_FAMILIES = {  # class names are Shrp<family>Config, Shrp<family>Model, Shrp<family><head>
+    "Bert": _HEADS,
+    "DebertaV2": _HEADS,
+    "DistilBert": _HEADS,
+    "Electra": f"{_HEADS} ForPreTraining",
+    "MPNet": _HEADS,
+    "ModernBert": _HEADS,
+    "NomicBert": "ForMaskedLM ForSequenceClassification ForTokenClassification",
+    "Roberta": _HEADS,
+    "ViT": "ForImageClassification",
+}
+_NAMES = {
+    "families": "register_family",
+    "models.layer_map": "LayerMap Part",
+    "plans.budget": "Budget Serving",
+    "plans.keep_plan": "KeepPlan",
+    "pruning": "masked_heads prune_heads to_shrp to_stock",
+    "selectors": "CahpDirectSelector CahpSelector EntropySelector HiesSelector HisSelector MagnitudeSelector "
+    "NeuronImportanceSelector NeuronMagnitudeSelector NeuronRandomSelector RandomSelector UsageSelector",
+    "selectors.dsp": "DspCallback",
+    "training.arguments": "ShrpTrainingArguments recovery_arguments",
+    "training.trainer": "ShrpTrainer",
+}
+for _family, _heads in _FAMILIES.items():
+    _NAMES[f"models.configuration_shrp_{_family.lower()}"] = f"Shrp{_family}Config"
+    _NAMES[f"models.modeling_shrp_{_family.lower()}"] = " ".join(f"Shrp{_family}{head}" for head in ["Model", *_heads.split()])
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_models() -> None:
+    for family in _FAMILIES:
+        base = __getattr__(f"Shrp{family}Model")
+        for auto, path in base.auto_classes.items():
+            if auto != "AutoConfig":
+                model_class = __getattr__(path.rpartition(".")[2])
+                getattr(transformers, auto).register(base.config_class, model_class, exist_ok=True)
+
+
+for _family in _FAMILIES:
+    _config = __getattr__(f"Shrp{_family}Config")
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto, _path in _base.auto_classes.items():
-        if _auto != "AutoConfig":
-            getattr(transformers, _auto).register(_config, globals()[_path.rpartition(".")[2]], exist_ok=True)
-    _lora = list(dict.fromkeys(_config.layer_map.heads_in[i].path.rpartition(".")[2] for i in (0, 2)))
-    _peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(_config.model_type, _lora)
-del _base, _config, _auto, _path, _lora
-
-__all__ = [
-    "Budget",
-    "CahpDirectSelector",
-    "CahpSelector",
-    "DspCallback",
-    "EntropySelector",
-    "HiesSelector",
-    "HisSelector",
-    "KeepPlan",
-    "LayerMap",
-    "MagnitudeSelector",
-    "NeuronImportanceSelector",
-    "NeuronMagnitudeSelector",
-    "NeuronRandomSelector",
-    "Part",
-    "RandomSelector",
-    "Serving",
-    "ShrpBertConfig",
-    "ShrpBertForMaskedLM",
-    "ShrpBertForMultipleChoice",
-    "ShrpBertForQuestionAnswering",
-    "ShrpBertForSequenceClassification",
-    "ShrpBertForTokenClassification",
-    "ShrpBertModel",
-    "ShrpDebertaV2Config",
-    "ShrpDebertaV2ForMaskedLM",
-    "ShrpDebertaV2ForMultipleChoice",
-    "ShrpDebertaV2ForQuestionAnswering",
-    "ShrpDebertaV2ForSequenceClassification",
-    "ShrpDebertaV2ForTokenClassification",
-    "ShrpDebertaV2Model",
-    "ShrpDistilBertConfig",
-    "ShrpDistilBertForMaskedLM",
-    "ShrpDistilBertForMultipleChoice",
-    "ShrpDistilBertForQuestionAnswering",
-    "ShrpDistilBertForSequenceClassification",
-    "ShrpDistilBertForTokenClassification",
-    "ShrpDistilBertModel",
-    "ShrpElectraConfig",
-    "ShrpElectraForMaskedLM",
-    "ShrpElectraForMultipleChoice",
-    "ShrpElectraForPreTraining",
-    "ShrpElectraForQuestionAnswering",
-    "ShrpElectraForSequenceClassification",
-    "ShrpElectraForTokenClassification",
-    "ShrpElectraModel",
-    "ShrpMPNetConfig",
-    "ShrpMPNetForMaskedLM",
-    "ShrpMPNetForMultipleChoice",
-    "ShrpMPNetForQuestionAnswering",
-    "ShrpMPNetForSequenceClassification",
-    "ShrpMPNetForTokenClassification",
-    "ShrpMPNetModel",
-    "ShrpModernBertConfig",
-    "ShrpModernBertForMaskedLM",
-    "ShrpModernBertForMultipleChoice",
-    "ShrpModernBertForQuestionAnswering",
-    "ShrpModernBertForSequenceClassification",
-    "ShrpModernBertForTokenClassification",
-    "ShrpModernBertModel",
-    "ShrpNomicBertConfig",
-    "ShrpNomicBertForMaskedLM",
-    "ShrpNomicBertForSequenceClassification",
-    "ShrpNomicBertForTokenClassification",
-    "ShrpNomicBertModel",
-    "ShrpRobertaConfig",
-    "ShrpRobertaForMaskedLM",
-    "ShrpRobertaForMultipleChoice",
-    "ShrpRobertaForQuestionAnswering",
-    "ShrpRobertaForSequenceClassification",
-    "ShrpRobertaForTokenClassification",
-    "ShrpRobertaModel",
-    "ShrpTrainer",
-    "ShrpTrainingArguments",
-    "ShrpViTConfig",
-    "ShrpViTForImageClassification",
-    "ShrpViTModel",
-    "UsageSelector",
-    "__version__",
-    "masked_heads",
-    "prune_heads",
-    "recovery_arguments",
-    "register_family",
-    "to_shrp",
-    "to_stock",
-]
+_ConfigFields.before_first.append(_register_models)
+del _family, _heads, _config

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, BertTokenizer, TrainerState
 from typer.testing import CliRunner
 
-from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads, workflow
+from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads
 from shrp_hf.cli.app import NOT_VERIFIED
 from shrp_hf.cli.progress import one_bar_each
 from shrp_hf.measuring import CostTable
@@ -29,6 +29,7 @@ from shrp_hf.selectors import SELECTORS
 from shrp_hf.selectors import base as selectors_base
 from shrp_hf.tasks import load_task
 from shrp_hf.training.recipes import Recipe
+from shrp_hf.workflows import train as workflow
 from shrp_hf.workflows.compress import Compression, CompressOptions, Targets
 from shrp_hf.workflows.prune import PruneOptions, prune_posthoc
 from shrp_hf.workflows.run_directory import problem_when_reopened

@@ -272,6 +272,26 @@ def test_speed_is_measured_once_for_all_shapes(compared, monkeypatch):
     assert rows["first 1 layers"] == speed["truncate-layers1-default-recovery0.25"]
 
 
+def test_tables_are_written_though_the_timing_fails(compared, monkeypatch):
+    class Done:
+        output = compared
+
+        def __init__(self, *args, **options):
+            pass
+
+        def run(self, watch):
+            return {}
+
+    monkeypatch.setattr(sys.modules["shrp_hf.cli.compare"], "read_task", lambda *args, **options: None)
+    monkeypatch.setattr("shrp_hf.workflows.compare.Comparison", Done)
+    monkeypatch.setattr("shrp_hf.workflows.compare.measure_speed", lambda *args: 1 / 0)
+    (compared / "table.md").unlink(missing_ok=True)
+    words = ["compare", "MODEL", "--dataset", "docstrings", "--keep-models", "--output", str(compared)]
+    result = CliRunner().invoke(cli.app, words)
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert (compared / "table.md").exists()
+
+
 def test_tables_figures_and_the_page_come_from_the_cells(compared):
     speed = {"ratio": 2.0, "p50_ms": 5.0, "p95_ms": 6.0, "sequences_per_second": 9.0, "batch_size": 8, "length": 32}
     speed |= {"num_threads": 1, "device": "cpu", "num_rounds": 3}

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from shrp_hf.families import head_layout
-from shrp_hf.measuring import CostTable, count_flops, flop_table, latency_table, measured, parameter_table, random_inputs
+from shrp_hf.measuring import CostTable, count_flops, flop_table, latency_table, parameter_table, random_inputs
+from shrp_hf.measuring import latency as measured
 from shrp_hf.measuring.ladder import build_ladder, time_eager
 from shrp_hf.plans.budget import Serving
 from shrp_hf.plans.keep_plan import KeepPlan

@@ -16,7 +16,8 @@ from transformers import AutoConfig, BertConfig, BertTokenizer
 from typer.testing import CliRunner
 
 from shrp_hf import KeepPlan, cli, prune_heads, to_shrp
-from shrp_hf.export import check, export, export_onnx, load_for_export, onnx_session
+from shrp_hf.export import check, export_onnx, load_for_export, onnx_session
+from shrp_hf.export import onnx as export
 from shrp_hf.export.graph import OUTPUTS
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.numerics import ROUNDINGS

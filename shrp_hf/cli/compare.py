@@ -149,11 +149,13 @@ def compare(
         errors = _run(comparison, console)
         if not keep_models:
             comparison.drop_models()
-        if speed and not errors:
+    try:
+        if speed and not errors and not report_only:
             console.print("Measuring the speed of every shape in one run")
             measure_speed(output, read_cells(output))
-    for path in write_results(output):
-        console.print(f"Written: {path}", soft_wrap=True)
+    finally:  # what was trained is shown, whatever became of the timing
+        for path in write_results(output):
+            console.print(f"Written: {path}", soft_wrap=True)
     for key, error in errors.items():
         console.print(f"[red]Failed:[/] {key}: {error} (see {key}.error in {output / 'cells'} or parts)", soft_wrap=True)
     if errors:

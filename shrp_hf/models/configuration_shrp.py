@@ -1,6 +1,8 @@
 """The fields that every Shrp config adds to its family's own."""
 
 import difflib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -54,6 +56,7 @@ class ShrpConfigFields:
     stock_model_types: ClassVar[tuple[str, ...]] = ()
     has_expert_layers: ClassVar[bool] = True
     layer_map: ClassVar[LayerMap] = BERT_LAYER_MAP
+    before_first: ClassVar[list[Callable[[], None]]] = []  # each called once, before a config of any family is made
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "task_loss", "balance_loss"]
 
     expert_layers: list[int] = field(default_factory=list)
@@ -66,6 +69,12 @@ class ShrpConfigFields:
     router_pooling: str = "mean"
     router_aux_loss_coef: float | int = 0.1
     format_version: int = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Also when it is unpickled: who holds a config may ask an Auto class for its model."""
+        while cls.before_first:
+            cls.before_first.pop()()
+        return super().__new__(cls)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Takes over `pruned_heads` of Transformers 4, then checks everything."""
@@ -96,6 +105,14 @@ class ShrpConfigFields:
         if not isinstance(config, dict):
             raise _damaged(pretrained_model_name_or_path)
         return cls.adopt(config, str(pretrained_model_name_or_path)), kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; PEFT asks for it before it looks up where LoRA goes, so it is told here and never imported."""
+        peft = sys.modules.get("peft.utils.constants")
+        if peft is not None:
+            targets = dict.fromkeys(self.layer_map.heads_in[index].path.rpartition(".")[2] for index in (0, 2))
+            peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(self.model_type, list(targets))
+        return super().to_dict()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; a config saved without its model names no code, for none lies beside it."""

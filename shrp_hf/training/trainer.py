@@ -19,13 +19,13 @@ from shrp_hf.files import writing_to, written_whole
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
 from shrp_hf.models.saving import copy_code
-from shrp_hf.numerics import FiniteTrainer
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import to_shrp
 from shrp_hf.selectors.usage import plan_by_usage
 from shrp_hf.training.arguments import ShrpTrainingArguments, StageSchedule, check_lesson, check_processes, rate_factor
 from shrp_hf.training.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
 from shrp_hf.training.dropout import dropout_rates
+from shrp_hf.training.finite import FiniteTrainer
 from shrp_hf.training.routing_log import RoutingLog
 from shrp_hf.training.sampling import EpochSampler, data_seed, hold_out
 from shrp_hf.training.teacher_outputs import ROW_COLUMN, TeacherOutputs
