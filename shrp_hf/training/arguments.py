@@ -9,27 +9,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
+from shrp_hf.training.stages import StageSchedule
+
 _ORDERS = ("last_first", "first_first")
 _STOCK_EPOCHS = 3.0
-
-
-@dataclass(frozen=True)
-class StageSchedule:
-    """When what happens, in optimizer steps.
-
-    Args:
-        conversions: (step, layer) pairs, ascending: before this step, this layer is converted.
-        balance_steps: Length of stage "balance"; stage "specialise" takes the rest.
-        max_steps: Length of the whole training.
-    """
-
-    conversions: tuple[tuple[int, int], ...]
-    balance_steps: int
-    max_steps: int
-
-    def stage(self, step: int) -> str:
-        """The stage in which the optimizer step with this index runs: "balance" or "specialise"."""
-        return "balance" if step < self.balance_steps else "specialise"
 
 
 @dataclass

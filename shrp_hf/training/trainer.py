@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from shrp_hf.card_parts import auto_class_of, license_of, loading_section
@@ -22,12 +22,13 @@ from shrp_hf.models.saving import copy_code
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import to_shrp
 from shrp_hf.selectors.usage import plan_by_usage
-from shrp_hf.training.arguments import ShrpTrainingArguments, StageSchedule, check_lesson, check_processes, rate_factor
+from shrp_hf.training.arguments import ShrpTrainingArguments, check_lesson, check_processes, rate_factor
 from shrp_hf.training.distillation import hidden_states_loss, outputs_loss, own_teacher, recorded_values, value_relations_loss
 from shrp_hf.training.dropout import dropout_rates
 from shrp_hf.training.finite import FiniteTrainer
 from shrp_hf.training.routing_log import RoutingLog
 from shrp_hf.training.sampling import EpochSampler, data_seed, hold_out
+from shrp_hf.training.stages import StageCallback, StageSchedule
 from shrp_hf.training.teacher_outputs import ROW_COLUMN, TeacherOutputs
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class ShrpTrainer(FiniteTrainer):
             teacher = own_teacher(teacher, self.model).to(self.args.device).eval().requires_grad_(False)
         self.teacher = teacher
         self._routing = RoutingLog({})
-        self.add_callback(_StageCallback(self))
+        self.add_callback(StageCallback(self))
 
     # --- conversion ---
 
@@ -398,52 +399,6 @@ class ShrpTrainer(FiniteTrainer):
         for layer, counts in zip(model.config.expert_layers, total, strict=True):
             model.layers[layer].router.usage.copy_(counts)
         return model.usage()
-
-
-class _StageCallback(TrainerCallback):
-    """Converts layers when their step has come, and switches the balance loss."""
-
-    def __init__(self, trainer: ShrpTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, model = self.trainer, self.trainer._shrp_model()
-        if model is not None:
-            trainer._routing = RoutingLog(
-                model.usage()
-            )  # what was counted before, or before the checkpoint, is logged already
-        trainer._schedule = None
-        if not trainer._layers_to_convert:
-            return
-        trainer._schedule = args.schedule(trainer._layers_to_convert, state.max_steps)
-        if args.are_stages_scaled(len(trainer._layers_to_convert)) and state.is_world_process_zero:
-            logger.warning(
-                "The stages are scaled to the length that was given: stage balance takes %d of %d steps, stage specialise "
-                "the rest.",
-                trainer._schedule.balance_steps, state.max_steps,
-            )  # fmt: skip
-        for step, layer in trainer._schedule.conversions:
-            if step < state.global_step:  # resumed: the checkpoint's weights are already converted here
-                model.activate_layer_(layer, warm_start=False)
-        self._weigh_balance_(args, state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = self.trainer._schedule
-        if schedule is None:
-            return
-        model = self.trainer._shrp_model()
-        for step, layer in schedule.conversions:
-            if step == state.global_step and layer not in model.config.expert_layers:
-                model.activate_layer_(layer)
-                logger.info("Step %d: layer %d is an expert layer from here on.", step, layer)
-        if state.global_step == schedule.balance_steps:
-            model.reset_usage_()  # what specialising experts are used for decides, not what balance forced
-            self.trainer._routing.usage = {}
-        self._weigh_balance_(args, state.global_step)
-
-    def _weigh_balance_(self, args: Any, step: int) -> None:
-        is_balance = self.trainer._schedule.stage(step) == "balance"
-        self.trainer._shrp_model().config.router_aux_loss_coef = args.balance_coef if is_balance else 0.0
 
 
 def _is_routed(model: Any) -> bool:
