@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import CALIBRATION_SAMPLES
 from shrp_hf.families import head_layout
 from shrp_hf.measuring import CostTable
 from shrp_hf.plans.budget import Budget
@@ -20,7 +21,7 @@ from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.selectors import HisSelector, NeuronImportanceSelector
-from shrp_hf.training.recipes import CALIBRATION_SAMPLES, Setup
+from shrp_hf.training.recipes import Setup
 from shrp_hf.training.sampling import calibration_batches
 
 _REQUEST = StatsRequest(importance=True, neurons=True, means=True)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("_version", "files", "card_parts"),
+    ("_version", "defaults", "files", "card_parts"),
     ("plans",),
     ("models", "numerics"),
     ("families",),

@@ -26,6 +26,15 @@ from shrp_hf.cli.app import (
     list_option,
     read_task,
 )
+from shrp_hf.defaults import (
+    BATCH_SIZE,
+    CALIBRATION_SAMPLES,
+    DENSE_LEARNING_RATE,
+    MAX_LENGTH,
+    MIN_HEADS_PER_LAYER,
+    SEED,
+    SIGNATURE_SIZE,
+)
 
 if TYPE_CHECKING:
     from shrp_hf.workflows.compare import Comparison
@@ -74,19 +83,19 @@ def compare(
         bool, typer.Option("--without-control", help="Leave the dense model out that is trained on for as long.")
     ] = False,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tune MODEL, once per seed; 0: it is fine-tuned.")] = 0.0,
-    dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = 1e-4,
+    dense_learning_rate: Annotated[float, typer.Option(help="Of that fine-tuning.")] = DENSE_LEARNING_RATE,
     examples_per_epoch: Annotated[int | None, typer.Option(help="Training examples per epoch; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = BATCH_SIZE,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = MAX_LENGTH,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Training rows to score heads on.")] = 1024,
-    signature_size: Annotated[int, typer.Option(help="CAHP: side of the resized attention maps; 48 for pairs.")] = 32,
-    min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
+    calibration_samples: Annotated[int, typer.Option(help="Training rows to score heads on.")] = CALIBRATION_SAMPLES,
+    signature_size: Annotated[int, typer.Option(help="CAHP: side of resized attention maps; 48 for pairs.")] = SIGNATURE_SIZE,
+    min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = MIN_HEADS_PER_LAYER,
     alpha: Annotated[Any, typer.Option(parser=_alpha, metavar="NUMBER", help=_ALPHA)] = "0.5",
     dsp_epochs: Annotated[float, typer.Option(help="DSP: epochs that learn what to keep, before recovery.")] = 1.0,
     tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = 0.25,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
-    split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = 0,
+    split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = SEED,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     keep_models: Annotated[bool, typer.Option(help="Keep dense and routed models in OUTPUT/models.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure throughput at the end, of every shape in one run.")] = True,

@@ -25,6 +25,7 @@ from shrp_hf.cli.app import (
     list_option,
     read_task,
 )
+from shrp_hf.defaults import BATCH_SIZE, MAX_LENGTH, SEED
 
 
 @app.command()
@@ -57,12 +58,12 @@ def compress(
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Routers: epochs of balance a layer.")] = None,
     specialise_epochs: Annotated[float | None, typer.Option(help="Routers: epochs of stage specialise.")] = None,
     recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = BATCH_SIZE,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = MAX_LENGTH,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
     examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
-    seed: SeedOption = 0,
+    seed: SeedOption = SEED,
 ) -> None:
     """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
 

@@ -18,6 +18,7 @@ from shrp_hf.cli.app import (
     console,
     read_task,
 )
+from shrp_hf.defaults import SEED
 
 
 @app.command()
@@ -34,7 +35,7 @@ def export(
     task: TaskOption = None,
     texts: Annotated[Path | None, typer.Option(help="Compare on the lines of this text file.")] = None,
     min_agreement: Annotated[float, typer.Option(help="Share of int8 predictions that must be PyTorch's.")] = 0.9,
-    seed: SeedOption = 0,
+    seed: SeedOption = SEED,
 ) -> None:
     """Writes a model for ONNX Runtime, after comparing what the file says with what PyTorch says.
 

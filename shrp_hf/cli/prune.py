@@ -20,6 +20,7 @@ from shrp_hf.cli.app import (
     read_task,
     shape_option,
 )
+from shrp_hf.defaults import BATCH_SIZE, CALIBRATION_SAMPLES, MAX_LENGTH, MIN_HEADS_PER_LAYER, SEED, SIGNATURE_SIZE
 
 
 @app.command()
@@ -51,10 +52,10 @@ def prune(
     runtime: Annotated[str, typer.Option(help="What times are of: eager, onnx or int8.")] = "eager",
     threads: Annotated[int | None, typer.Option(help="CPU threads that times are of; default: torch's setting.")] = None,
     alpha: Annotated[float | None, typer.Option(help="HIES: weight of importance against entropy.")] = None,
-    signature_size: Annotated[int, typer.Option(help="CAHP: side of the resized attention maps; 48 for pairs.")] = 32,
-    calibration_samples: Annotated[int, typer.Option(help="Training rows to score on.")] = 1024,
+    signature_size: Annotated[int, typer.Option(help="CAHP: side of resized attention maps; 48 for pairs.")] = SIGNATURE_SIZE,
+    calibration_samples: Annotated[int, typer.Option(help="Training rows to score on.")] = CALIBRATION_SAMPLES,
     per_layer: Annotated[bool, typer.Option(help="Spread the heads evenly over the layers.")] = False,
-    min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = 1,
+    min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = MIN_HEADS_PER_LAYER,
     output_means: Annotated[
         bool, typer.Option("--output-means/--zeros", help="What is cut leaves its mean in the output bias, or nothing.")
     ] = True,
@@ -62,10 +63,10 @@ def prune(
     recipe: Annotated[str, typer.Option(help="How: default (the unpruned model teaches) or paper (nobody).")] = "default",
     teacher: Annotated[str | None, typer.Option(help="Model that teaches instead: of a routed one, the dense.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = BATCH_SIZE,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = MAX_LENGTH,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = SEED,
 ) -> None:
     """Prunes the heads of a fine-tuned model, and its FFN neurons, without retraining unless asked to.
 

@@ -25,6 +25,7 @@ from shrp_hf.cli.app import (
     read_task,
     say_task,
 )
+from shrp_hf.defaults import BATCH_SIZE, DENSE_EPOCHS, KEEP_EXPERTS, MAX_LENGTH, SEED
 
 if TYPE_CHECKING:
     from shrp_hf.tasks import Task
@@ -53,19 +54,19 @@ def train(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
-    keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
-    dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
+    keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = KEEP_EXPERTS,
+    dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before; 0: the model is fine-tuned.")] = DENSE_EPOCHS,
     recipe: RecipeOption = "default",
     expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Routers: epochs of balance a layer.")] = None,
     specialise_epochs: Annotated[float | None, typer.Option(help="Routers: epochs of stage specialise.")] = None,
     recovery_epochs: Annotated[float | None, typer.Option(help="Epochs after pruning.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate from the conversion on.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = BATCH_SIZE,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.")] = MAX_LENGTH,
     max_train: Annotated[int | None, typer.Option(help="Most training rows.")] = None,
     examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = SEED,
 ) -> None:
     """Fine-tunes, converts (SHRP), prunes and saves a model, and reports what it cost and brought.
 
@@ -106,7 +107,7 @@ def train(
 
 
 @app.command()
-def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = 0) -> None:
+def demo(output: OutputOption = Path("out/demo"), seed: SeedOption = SEED) -> None:
     """Does the main job on real input without any hub: which library is this docstring from?
 
     The encoder is all-MiniLM-L6-v2 as installed by the extra `demo`; 5 of its 6 layers are converted, taught by the dense

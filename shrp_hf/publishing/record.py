@@ -11,12 +11,13 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shrp_hf.card_parts import auto_class_of, license_of
+from shrp_hf.defaults import CALIBRATION_SAMPLES, SERVED_SHAPE
 from shrp_hf.measuring import ModelReport, ParameterCount, accuracy_interval
 from shrp_hf.measuring.environment import command_line, environment
 from shrp_hf.plans.keep_plan import KeepPlan
-from shrp_hf.publishing.report import BENCHMARK_SHAPE, write_text
+from shrp_hf.publishing.report import write_text
 from shrp_hf.tasks.task import Task
-from shrp_hf.training.recipes import CALIBRATION_SAMPLES, Recipe
+from shrp_hf.training.recipes import Recipe
 
 RECORD_NAME = "shrp_record.json"
 RECORD_VERSION = 1
@@ -206,7 +207,7 @@ class RunRecord(_Checked):
     license: str | None = None
     training: Rows | None = None
     calibration: Rows | None = None
-    shape: tuple[int, int] = BENCHMARK_SHAPE
+    shape: tuple[int, int] = SERVED_SHAPE
     command: str = field(default_factory=command_line)
     environment: dict[str, str] = field(default_factory=environment)
     version: int = RECORD_VERSION

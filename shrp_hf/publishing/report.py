@@ -9,13 +9,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from shrp_hf.defaults import SERVED_SHAPE
 from shrp_hf.files import written_whole
 from shrp_hf.measuring import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.models.lengths import num_positions
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, shown
-
-BENCHMARK_SHAPE = (8, 128)  # sequences, tokens
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,7 +70,7 @@ def measure_models(
         num_rounds: Rounds of the throughput measurement.
         timings: Name -> timing, where they were measured in one run already; FLOPs are counted at their shape.
     """
-    batch_size, length = BENCHMARK_SHAPE
+    batch_size, length = SERVED_SHAPE
     length = min([length, *filter(None, map(num_positions, models.values()))])
     models = {name: model.to("cpu").eval() for name, model in models.items()}
     if timings is None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import MIN_HEADS_PER_LAYER
 from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.measuring import CostTable, flop_table, latency_table, parameter_table
 from shrp_hf.measuring.latency import NEURON_STEP, warn_of_another_machine
@@ -84,7 +85,7 @@ class Selector(ABC):
     budget: Budget
     neurons: bool | None = None
     per_layer: bool = False
-    min_heads_per_layer: int = 1
+    min_heads_per_layer: int = MIN_HEADS_PER_LAYER
     min_neurons_per_layer: int = 1
     neuron_step: int | None = None
     frozen_layers: Sequence[int] = ()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import SIGNATURE_SIZE
 from shrp_hf.plans.budget import Budget, find_knee
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.scoring import GRANULARITIES, HeadStats, StatsRequest
@@ -37,7 +38,7 @@ class HeadClusterSelector(Selector):
 
     budget_kinds: ClassVar[tuple[str, ...]] = ("knee", "heads", "fraction")
     takes_neurons: ClassVar[bool] = False
-    signature_size: int = 32
+    signature_size: int = SIGNATURE_SIZE
     granularity: str = "batch"
     rows: list[tuple[int, int]] = field(init=False, default_factory=list, repr=False)
     labels: np.ndarray | None = field(init=False, default=None, repr=False)

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from shrp_hf.defaults import MAX_LENGTH
 from shrp_hf.models.lengths import fitting_length
 from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
 from shrp_hf.tasks.sources import TASK_NAMES
@@ -106,7 +107,7 @@ class Task:
             "label2id": label2id,
         }
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, model: Any = None) -> DatasetDict:
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH, model: Any = None) -> DatasetDict:
         """Turns the three splits into token ids, unpadded: a `DataCollatorWithPadding` pads each batch to its longest.
 
         Args:

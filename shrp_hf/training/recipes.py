@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
+from shrp_hf.defaults import BATCH_SIZE, CALIBRATION_SAMPLES, SEED
 from shrp_hf.plans.budget import Budget
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 EXPERT_SELECTORS = ("usage", "his", "hies", "entropy", "magnitude", "random")
 """What may choose the experts that stay: the usage of trained routers (SHRP), or scores of the heads of the dense model."""
-CALIBRATION_SAMPLES = 1024
-"""Training rows on which a conversion without routers scores the heads."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,8 @@ class Setup:
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     folder: Path
-    seed: int = 0
-    batch_size: int = 32
+    seed: int = SEED
+    batch_size: int = BATCH_SIZE
     examples_per_epoch: int | None = None
     bf16: bool = False
     resumable: bool = True

@@ -9,6 +9,15 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from shrp_hf.checkpoints import open_tokenizer
+from shrp_hf.defaults import (
+    BATCH_SIZE,
+    CALIBRATION_SAMPLES,
+    MAX_LENGTH,
+    MIN_HEADS_PER_LAYER,
+    SEED,
+    SERVED_SHAPE,
+    SIGNATURE_SIZE,
+)
 from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.plans.budget import Budget, Serving
 from shrp_hf.plans.keep_plan import KeepPlan
@@ -69,22 +78,22 @@ class PruneOptions:
     keep_quality: float | None = None
     knee_degree: int | None = None
     neurons: bool | None = None
-    shape: tuple[int, int] = (8, 128)
+    shape: tuple[int, int] = SERVED_SHAPE
     runtime: str = "eager"
     threads: int | None = None
     alpha: float | None = None
-    signature_size: int = 32
-    calibration_samples: int = 1024
+    signature_size: int = SIGNATURE_SIZE
+    calibration_samples: int = CALIBRATION_SAMPLES
     per_layer: bool = False
-    min_heads_per_layer: int = 1
+    min_heads_per_layer: int = MIN_HEADS_PER_LAYER
     output_means: bool = True
     recovery_epochs: float = 0.0
     recipe: str = "default"
     teacher: str | None = None
     bf16: bool = False
-    batch_size: int = 32
-    max_length: int = 128
-    seed: int = 0
+    batch_size: int = BATCH_SIZE
+    max_length: int = MAX_LENGTH
+    seed: int = SEED
 
     def make_selector(self, quality: Callable[[KeepPlan], float]) -> Selector:
         """Builds the selector with its budget.

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from shrp_hf.checkpoints import open_tokenizer
+from shrp_hf.defaults import BATCH_SIZE, DENSE_EPOCHS, DENSE_LEARNING_RATE, KEEP_EXPERTS, MAX_LENGTH, SEED
 from shrp_hf.publishing.card import write_card
 from shrp_hf.publishing.plots import check_drawable, plot_usage
 from shrp_hf.publishing.record import Rows, RunRecord, expert_choice, origin
@@ -40,14 +41,14 @@ class WorkflowOptions:
     """
 
     num_expert_layers: int | None = None
-    keep: int = 1
+    keep: int = KEEP_EXPERTS
     recipe: Recipe = RECIPES["default"]
-    dense_epochs: float = 3.0
-    dense_learning_rate: float = 5e-5
-    batch_size: int = 32
-    max_length: int = 128
+    dense_epochs: float = DENSE_EPOCHS
+    dense_learning_rate: float = DENSE_LEARNING_RATE
+    batch_size: int = BATCH_SIZE
+    max_length: int = MAX_LENGTH
     examples_per_epoch: int | None = None
-    seed: int = 0
+    seed: int = SEED
 
 
 class Workflow:

@@ -21,12 +21,22 @@ from transformers import (
 
 from shrp_hf._version import __version__
 from shrp_hf.checkpoints import open_tokenizer
+from shrp_hf.defaults import (
+    BATCH_SIZE,
+    CALIBRATION_SAMPLES,
+    DENSE_LEARNING_RATE,
+    MAX_LENGTH,
+    MIN_HEADS_PER_LAYER,
+    SEED,
+    SERVED_SHAPE,
+    SIGNATURE_SIZE,
+)
 from shrp_hf.measuring import CostTable, count_flops, count_parameters, latency_table
 from shrp_hf.models.lengths import num_positions
 from shrp_hf.plans.budget import Budget, Serving
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import masked_heads, prune_heads
-from shrp_hf.publishing.report import BENCHMARK_SHAPE, predict_on, write_text
+from shrp_hf.publishing.report import predict_on, write_text
 from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.selectors.dsp import DspCallback
@@ -67,18 +77,18 @@ class Settings:
 
     model: str
     dense_epochs: float = 0.0
-    dense_learning_rate: float = 1e-4
+    dense_learning_rate: float = DENSE_LEARNING_RATE
     examples_per_epoch: int | None = None
-    batch_size: int = 32
-    max_length: int = 128
-    calibration_samples: int = 1024
-    signature_size: int = 32
-    min_heads_per_layer: int = 1
+    batch_size: int = BATCH_SIZE
+    max_length: int = MAX_LENGTH
+    calibration_samples: int = CALIBRATION_SAMPLES
+    signature_size: int = SIGNATURE_SIZE
+    min_heads_per_layer: int = MIN_HEADS_PER_LAYER
     alpha: float | None = 0.5
     dsp_epochs: float = 1.0
     tolerance: float = 0.25
     bf16: bool = False
-    split_seed: int = 0
+    split_seed: int = SEED
 
     def __post_init__(self) -> None:
         for name in ("examples_per_epoch", "batch_size", "max_length", "calibration_samples"):
@@ -327,7 +337,7 @@ class Worker:
             raise ValueError(f"`thin` {times:g} is out of reach on this machine: thin layers run up to {reach:.2f}x as fast.")
 
     def _table(self, dense: PreTrainedModel) -> CostTable:
-        batch_size, length = BENCHMARK_SHAPE
+        batch_size, length = SERVED_SHAPE
         return latency_table(dense, Serving(batch_size, min(length, num_positions(dense) or length)))
 
     def _folder(self, key: str) -> Path:
@@ -364,7 +374,7 @@ class Worker:
         decided = task.kind.decide(prediction.predictions)
         is_same = np.abs(decided - dense) <= self.settings.tolerance if task.is_regression else decided == dense
         is_same = is_same.reshape(len(decided), -1).all(axis=-1)
-        batch_size, length = BENCHMARK_SHAPE
+        batch_size, length = SERVED_SHAPE
         length = min(length, num_positions(model) or length)
         kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
         return {

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+from shrp_hf.defaults import MIN_HEADS_PER_LAYER
 from shrp_hf.plans.budget import KNEE_DEGREES
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.training.recipes import Recipe, find_recipe
@@ -116,7 +117,7 @@ class Grid:
         wants_control = self.selectors and "random" not in self.selectors and not self.without_random
         return (*self.selectors, "random") if wants_control else tuple(self.selectors)
 
-    def check(self, shape: ModelShape, min_heads_per_layer: int = 1) -> None:
+    def check(self, shape: ModelShape, min_heads_per_layer: int = MIN_HEADS_PER_LAYER) -> None:
         """Refuses a grid that cannot be computed.
 
         Args:

@@ -8,10 +8,11 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from shrp_hf.checkpoints import open_model
+from shrp_hf.defaults import SERVED_SHAPE
 from shrp_hf.measuring import Progress, measure_throughput
 from shrp_hf.models.lengths import num_positions
 from shrp_hf.pruning import to_shrp
-from shrp_hf.publishing.report import BENCHMARK_SHAPE, write_text
+from shrp_hf.publishing.report import write_text
 from shrp_hf.workflows.compare.architectures import Shape, empty_model
 from shrp_hf.workflows.compare.claims import claim
 from shrp_hf.workflows.compare.tables import Cell, Timings, group_of
@@ -40,7 +41,7 @@ def measure_speed(output: Path, cells: Sequence[Cell], num_rounds: int = 5, prog
         dense = _dense(output, cells)
         distinct = {shape.name: shape for shape in (Shape.of({"kept": _full(dense), "expert_layers": ()}), *shapes.values())}
         models = {name: empty_model(dense, shape) for name, shape in distinct.items()}
-        batch_size, length = BENCHMARK_SHAPE
+        batch_size, length = SERVED_SHAPE
         length = min(length, num_positions(dense) or length)
         timings = measure_throughput(models, batch_size, length, num_rounds=num_rounds, progress=progress)
         baseline = next(iter(timings.values()))

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shrp_hf.publishing.report import BENCHMARK_SHAPE
+from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, SEED, SERVED_SHAPE
 from shrp_hf.training.recipes import RECIPES, Recipe
 from shrp_hf.workflows.compress.candidates import STRUCTURES
 from shrp_hf.workflows.compress.search import Targets
@@ -36,18 +36,18 @@ class CompressOptions:
     """
 
     targets: Targets
-    shape: tuple[int, int] = BENCHMARK_SHAPE
+    shape: tuple[int, int] = SERVED_SHAPE
     device: str = "cpu"
     structures: tuple[str, ...] | None = None
     experts: tuple[int, ...] | None = None
     max_trials: int = 6
     recipe: Recipe = RECIPES["default"]
     dense_epochs: float = 0.0
-    dense_learning_rate: float = 5e-5
-    batch_size: int = 32
-    max_length: int = 128
+    dense_learning_rate: float = DENSE_LEARNING_RATE
+    batch_size: int = BATCH_SIZE
+    max_length: int = MAX_LENGTH
     examples_per_epoch: int | None = None
-    seed: int = 0
+    seed: int = SEED
     force: bool = False
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
+from shrp_hf.defaults import CALIBRATION_SAMPLES
 from shrp_hf.measuring import Timing
 from shrp_hf.measuring.environment import command_line, environment
 from shrp_hf.publishing.card import write_card
@@ -18,7 +19,6 @@ from shrp_hf.publishing.record import Rows, RunRecord, Score, expert_choice, ori
 from shrp_hf.publishing.report import ModelReport, compare_models, measure_models, write_text
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
-from shrp_hf.training.recipes import CALIBRATION_SAMPLES
 from shrp_hf.workflows.compress.candidates import Candidate, Experts, FirstLayers, speed_table
 from shrp_hf.workflows.compress.options import CompressOptions
 from shrp_hf.workflows.compress.search import Targets, Trial, best, share_text

@@ -1,0 +1,15 @@
+"""Defaults that several functions and commands share: each has one value, and stands here alone."""
+
+BATCH_SIZE = 32
+MAX_LENGTH = 128
+SEED = 0
+DENSE_EPOCHS = 3.0
+"""Of `train`; the others take a model that is fine-tuned."""
+DENSE_LEARNING_RATE = 5e-5
+CALIBRATION_SAMPLES = 1024
+"""Training rows on which heads are scored."""
+SIGNATURE_SIZE = 32
+MIN_HEADS_PER_LAYER = 1
+KEEP_EXPERTS = 1
+SERVED_SHAPE = (8, 128)
+"""Sequences and tokens per call at which speed is measured."""
