@@ -99,7 +99,7 @@ def wheel(wheel_file):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "shrp_hf").rglob("*.py*") if "__pycache__" not in path.parts}
-    expected |= {"shrp_hf/py.typed"}
+    expected |= {"shrp_hf/py.typed", "shrp_hf/publishing/card_template.md"}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 

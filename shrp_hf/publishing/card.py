@@ -15,6 +15,7 @@ from shrp_hf.publishing.report import write_text
 from shrp_hf.tasks.task import shown
 
 CARD_NAME = "README.md"
+_TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _HEADS_SCORED = "Whole attention heads were cut out, in one shot, by a score of each head: "
 METHODS = {
@@ -114,19 +115,27 @@ def make_card(folder: Path, record: RunRecord) -> ModelCard:
         )
     embeds = (folder / "modules.json").is_file()  # as sentence-transformers saves
     has_code = record.auto_class in config.get("auto_map", {})
-    sections = [
-        f"# {_title(record)}",
-        METHODS.get(record.method, f"Made by the method {record.method}."),
-        loading_section(record.auto_class, has_code=has_code, embeds=embeds),
-        _quality(record),
-        _cost(record),
-        _kept(record, config.get("intermediate_sizes")),
-        _making(record),
-        _limits(record, embeds),
-        _citation(record),
-    ]
-    body = "\n\n".join(filter(None, sections))
-    return ModelCard(f"---\n{_metadata(record, embeds).to_yaml()}\n---\n\n{body}\n")
+    speed = record.model.speed if all(measured.speed for measured in record.measured) else None
+    return ModelCard.from_template(
+        _metadata(record, embeds),
+        template_path=str(_TEMPLATE),
+        record=record,
+        title=_title(record),
+        method=METHODS.get(record.method, f"Made by the method {record.method}."),
+        loading=loading_section(record.auto_class, has_code=has_code, embeds=embeds),
+        quality=_quality(record),
+        cost=_cost(record),
+        speed=speed,
+        where=record.environment.get(
+            "gpu" if speed and speed.device.startswith("cuda") else "machine", "machine not recorded"
+        ),
+        kept=_kept(record, config.get("intermediate_sizes")),
+        drawn=[("Trained on", record.training), ("Heads chosen on (calibration)", record.calibration)],
+        environment=", ".join(f"{name} {value}" for name, value in record.environment.items()),
+        options=json.dumps(record.options) if record.options else "",
+        limits=_limits(record, embeds),
+        citation=CITATIONS.get(record.method),
+    )
 
 
 def _title(record: RunRecord) -> str:
@@ -184,11 +193,7 @@ def _quality(record: RunRecord) -> str:
         return ""
     scores = [{score.metric: _score(score) for score in measured.scores} for measured in record.measured]
     cells = [[metric, *(cell.get(metric, "not measured") for cell in scores)] for metric in scores[-1]]
-    where = f" ({record.reported})" if record.reported else ""
-    return (
-        f"## Quality\n\nTask: {record.task}. Reported on {record.model.scores[0].total:,} rows{where}, which chose "
-        f"nothing.\n\n{_table(['metric', *(m.name for m in record.measured)], cells)}"
-    )
+    return _table(["metric", *(m.name for m in record.measured)], cells)
 
 
 def _cost(record: RunRecord) -> str:
@@ -203,20 +208,11 @@ def _cost(record: RunRecord) -> str:
     if all(m.flops for m in record.measured):
         flops = [f"{m.flops / 1e9:,.3f} G ({m.flops / first.flops:.1%})" for m in record.measured]
         rows.append(["FLOPs (a multiply-add is 2)", *flops])
-    text = ""
     if all(m.speed for m in record.measured):
         speeds = [m.speed for m in record.measured]
         rows.append(["median latency of a batch", *(f"{speed.p50_ms:.2f} ms" for speed in speeds)])
         rows.append(["throughput", *(f"{s.sequences_per_second:,.1f} sequences/s ({s.ratio:.2f}x)" for s in speeds)])
-        speed = speeds[-1]
-        where = record.environment.get("gpu" if speed.device.startswith("cuda") else "machine", "machine not recorded")
-        text = (
-            f" Times: {where}, device {speed.device}, {speed.num_threads} CPU threads, {speed.num_rounds} rounds in which "
-            "the models took turns."
-        )
-    table = _table(["", *(m.name for m in record.measured)], rows)
-    batch_size, length = record.shape
-    return f"## Size and speed\n\n{table}\n\nFLOPs and times are of a forward pass over {batch_size} x {length} tokens.{text}"
+    return _table(["", *(m.name for m in record.measured)], rows)
 
 
 def _kept(record: RunRecord, widths: Sequence[int] | None) -> str:
@@ -234,25 +230,10 @@ def _kept(record: RunRecord, widths: Sequence[int] | None) -> str:
     if widths is not None:
         header.append("neurons")
         rows = [[*row, f"{width:,}" if width else ""] for row, width in zip(rows, widths, strict=True)]
-    return f"## Kept heads\n\nBy their index in the unpruned model.\n\n{_table(header, rows)}"
+    return _table(header, rows)
 
 
-def _making(record: RunRecord) -> str:
-    lines = [f"- Made from: {record.base_model}"]
-    for what, rows in (("Trained on", record.training), ("Heads chosen on (calibration)", record.calibration)):
-        if rows:
-            lines.append(f"- {what}: {rows.count:,} {rows.source}")
-    if record.seeds:
-        lines.append(f"- Seeds: {', '.join(map(str, record.seeds))}")
-    if record.environment:
-        lines.append("- " + ", ".join(f"{name} {value}" for name, value in record.environment.items()))
-    if record.options:
-        lines.append(f"- Options: `{json.dumps(record.options)}`")
-    command = f"\n\n```bash\n{record.command}\n```" if record.command else ""
-    return "## How it was made\n\n" + "\n".join(lines) + command
-
-
-def _limits(record: RunRecord, embeds: bool) -> str:
+def _limits(record: RunRecord, embeds: bool) -> list[str]:
     model, first, limits = record.model, record.baseline, []
     if model.scores:
         limits.append(
@@ -272,7 +253,7 @@ def _limits(record: RunRecord, embeds: bool) -> str:
         limits.append("The expert layer is a reconstruction where the paper's text leaves details open.")
     library = "sentence-transformers" if embeds else "Transformers"
     limits.append(f"{library} alone cannot open it: it needs `shrp_hf`, or the trust to run the code beside the weights.")
-    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+    return limits
 
 
 def _compared(first: Score, model: Score) -> str:
@@ -283,9 +264,3 @@ def _compared(first: Score, model: Score) -> str:
     if first.interval and model.interval and first.interval[0] <= model.interval[1] and model.interval[0] <= first.interval[1]:
         text += "; the intervals overlap, so this many rows do not tell the two apart"
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _citation(record: RunRecord) -> str:
-    if record.method not in CITATIONS:
-        return ""
-    return f"## Citation\n\n```bibtex\n{CITATIONS[record.method]}\n```"
