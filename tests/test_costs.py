@@ -1,6 +1,7 @@
 """Tables of costs: counted ones equal a count of every model, the measured one says what the clock said, of this machine."""
 
 import copy
+import itertools
 import re
 from dataclasses import replace
 
@@ -185,6 +186,21 @@ def test_the_table_says_what_the_clock_said(asked, tmp_path):
     assert [table.ffn_of(count) for count in (0, 16, 64)] == [0, 2, 8]
     assert table.total([(4, 64), (1, 0)], [2]) == 11 + (3 + 32 + 8) + (3 + 2) + 200
     assert done[-1] == (len(done), len(done))
+
+
+def test_a_table_of_a_busy_machine_is_not_kept(monkeypatch, tmp_path):
+    calls = itertools.count()
+
+    def busy_clock(ladder, inputs):
+        steady = fake_clock([])(ladder, inputs)
+        return lambda: [seconds * (1 + next(calls) % 2) for seconds in [sum(steady())] + [0.0] * (len(steady()) - 1)]
+
+    said = []
+    monkeypatch.setattr(measured, "time_eager", busy_clock)
+    monkeypatch.setattr(measured.logger, "warning", said.append)
+    latency_table(tiny_bert(), AT, folder=tmp_path)
+    assert "used, but not kept" in said[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_is_measured_once_for_what_its_times_depend_on(asked, tmp_path):

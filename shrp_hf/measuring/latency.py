@@ -33,6 +33,7 @@ _WHOLE_LAYERS = 2
 _WARMUP_CALLS = 2
 _MIN_CALLS, _MAX_CALLS = 7, 50
 _SECONDS = 10.0
+_MOST_SCATTER = 0.2  # quartiles of whole calls, of their median
 logger = logging.get_logger(__name__)
 
 
@@ -48,7 +49,7 @@ def latency_table(
 
     One model with layers of many sizes is built with random weights and called again and again; each layer is timed where
     it stands, so that all take turns and none finds its weights in the cache. A number is the median over the calls. Let
-    the machine do nothing else meanwhile.
+    the machine do nothing else meanwhile: where the calls scatter, the table is returned with a warning, and not kept.
 
     Args:
         model: A supported encoder on the CPU: its sizes, dtype, attention implementation and task head are measured.
@@ -81,8 +82,14 @@ def latency_table(
             return table
     with writing_to(path):
         folder.mkdir(parents=True, exist_ok=True)
-    table = _measured(model, layout, at, about, progress)
-    table.to_json(path)
+    table, scatter = _measured(model, layout, at, about, progress)
+    if scatter <= _MOST_SCATTER:
+        table.to_json(path)
+    else:
+        logger.warning(
+            f"The times of layers scatter by {scatter:.0%} (half of the calls): something else runs here. The table is "
+            "used, but not kept; measure again when it rests, and trust no plan before its own speed was measured."
+        )
     return table
 
 
@@ -126,8 +133,8 @@ def _about(model: PreTrainedModel, layout: HeadLayout, at: Serving, num_threads:
 
 def _measured(
     model: PreTrainedModel, layout: HeadLayout, at: Serving, about: dict[str, Any], progress: Progress | None
-) -> CostTable:
-    """Builds the ladder, times it, and makes the table of what its layers took."""
+) -> tuple[CostTable, float]:
+    """Builds the ladder, times it, and makes the table of what its layers took; also says how far the calls scatter."""
     heads, neurons, experts = _head_counts(layout.num_heads), _widths(about["num_neurons"]), _expert_counts(layout)
     few_heads, few_neurons = heads[len(heads) // 2], neurons[-1] // 2 // _GRID * _GRID or neurons[-1]
     parts = {
@@ -135,14 +142,14 @@ def _measured(
         "neurons": [(few_heads, count) for count in neurons],
         "whole": [(heads[-1], neurons[-1])] * _WHOLE_LAYERS,
     }
-    before, after, taken = _timed(model, sum(parts.values(), []), experts, at, about, progress)
+    before, after, taken, scatter = _timed(model, sum(parts.values(), []), experts, at, about, progress)
     found = {name: [taken.pop(0) for _ in layers] for name, layers in parts.items()}
     by_heads, by_neurons = found["heads"], found["neurons"]
     # Most time goes into whole layers, and shares are of them: what they take is not left to the one at the ladder's end.
     more = by_heads[-1] - by_heads[heads.index(few_heads)]
     by_neurons[-1] = float(np.mean([by_neurons[-1], *(whole - more for whole in found["whole"])]))
     by_heads, by_neurons = _rising(by_heads), _rising(by_neurons)
-    return CostTable(
+    table = CostTable(
         unit="seconds",
         fixed=before + after,
         layer=max(0.0, by_heads[0] + by_neurons[0] - by_heads[heads.index(few_heads)]),
@@ -153,6 +160,7 @@ def _measured(
         experts=dict(zip(experts, taken, strict=True)),
         about=about,
     )
+    return table, scatter
 
 
 def _timed(
@@ -162,8 +170,8 @@ def _timed(
     at: Serving,
     about: Mapping[str, Any],
     progress: Progress | None,
-) -> tuple[float, float, list[float]]:
-    """Returns the seconds of what comes before the layers of a ladder, of what comes after, and of each layer."""
+) -> tuple[float, float, list[float], float]:
+    """Returns the seconds of what comes before the layers of a ladder, of what comes after, of each layer, and the scatter."""
     ladder = build_ladder(model, layers, experts)
     inputs = random_inputs(ladder, at.batch_size, at.length)
     threads_before = torch.get_num_threads()
@@ -176,10 +184,10 @@ def _timed(
                 from shrp_hf.measuring.onnx_ladder import time_onnx
 
                 clock = time_onnx(ladder, inputs, Path(folder), about["threads"], int8=at.runtime == "int8")
-            seconds = _medians(clock, f"timing layers at {at.batch_size} x {at.length} in {at.runtime}", progress)
+            seconds, scatter = _medians(clock, f"timing layers at {at.batch_size} x {at.length} in {at.runtime}", progress)
     finally:
         torch.set_num_threads(threads_before)
-    return seconds[0], seconds[-1], seconds[1:-1]
+    return seconds[0], seconds[-1], seconds[1:-1], scatter
 
 
 def _rising(times: Sequence[float]) -> list[float]:
@@ -206,8 +214,8 @@ def _widths(total: int) -> tuple[int, ...]:
     return (0, *(_GRID * step for step in _STEPS if _GRID * step < total), total)
 
 
-def _medians(clock: Clock, doing: str, progress: Progress | None) -> list[float]:
-    """Calls the ladder for some ten seconds; returns the median of each of its parts."""
+def _medians(clock: Clock, doing: str, progress: Progress | None) -> tuple[list[float], float]:
+    """Calls the ladder for some ten seconds; returns the median of each of its parts, and how far whole calls scatter."""
     warm = min(sum(clock()) for _ in range(_WARMUP_CALLS))
     num_calls = min(_MAX_CALLS, max(_MIN_CALLS, round(_SECONDS / warm)))
     calls = []
@@ -217,4 +225,5 @@ def _medians(clock: Clock, doing: str, progress: Progress | None) -> list[float]
             bar.update()
             if progress is not None:
                 progress(done + 1, num_calls)
-    return [float(median) for median in np.median(calls, axis=0)]
+    low, middle, high = np.quantile(np.sum(calls, axis=1), (0.25, 0.5, 0.75))
+    return [float(median) for median in np.median(calls, axis=0)], float((high - low) / middle)
