@@ -72,6 +72,13 @@ class LayerMap:
         residual_norm: A norm inside the attention module that comes last, of what came so far plus the attention's input.
         is_plain: Attention is softmax(query key / sqrt(head size)) with a padding mask and nothing else: no rotation, no
             bias, no window. Then the export writes it as one operator.
+        norm_before: The norm through which a layer's input reaches its attention (pre-norm); None: it comes as it is
+            (post-norm). An expert layer keeps it.
+        rotary: The argument of the attention's forward that holds cosine and sine, by which queries and keys are turned;
+            None where there is none.
+        returns_maps: A layer returns (hidden states, attention map) instead of hidden states.
+        hidden_dropout: The field of the config with the dropout of what a layer adds.
+        attention_dropout: The field of the config with the dropout of attention weights.
     """
 
     layers: str
@@ -88,6 +95,11 @@ class LayerMap:
     after_heads: tuple[str, ...] = ()
     residual_norm: str | None = None
     is_plain: bool = False
+    norm_before: str | None = None
+    rotary: str | None = None
+    returns_maps: bool = False
+    hidden_dropout: str = "hidden_dropout_prob"
+    attention_dropout: str = "attention_probs_dropout_prob"
 
     @property
     def output_is_inside(self) -> bool:
@@ -144,6 +156,8 @@ DISTILBERT_LAYER_MAP = LayerMap(
     activation="ffn.activation",
     head_count="n_heads",
     is_plain=True,
+    hidden_dropout="dropout",
+    attention_dropout="attention_dropout",
 )
 
 VIT_LAYER_MAP = LayerMap(
@@ -155,6 +169,7 @@ VIT_LAYER_MAP = LayerMap(
     neurons_out="mlp.fc2",
     activation="mlp.activation_fn",
     is_plain=True,
+    norm_before="layernorm_before",
 )
 
 MPNET_LAYER_MAP = LayerMap(
@@ -167,6 +182,7 @@ MPNET_LAYER_MAP = LayerMap(
     activation="intermediate.intermediate_act_fn",
     head_width="all_head_size",
     head_bias="position_bias",
+    returns_maps=True,
 )
 
 DEBERTA_V2_LAYER_MAP = LayerMap(
@@ -197,6 +213,10 @@ MODERNBERT_LAYER_MAP = LayerMap(
     activation="mlp.act",
     head_count=None,
     after_heads=("attn.out_drop",),
+    norm_before="attn_norm",
+    rotary="position_embeddings",
+    hidden_dropout="mlp_dropout",
+    attention_dropout="attention_dropout",
 )
 
 NOMIC_BERT_LAYER_MAP = LayerMap(
@@ -208,4 +228,5 @@ NOMIC_BERT_LAYER_MAP = LayerMap(
     neurons_out="mlp.down_proj",
     activation="mlp.act_fn",
     head_count=None,
+    rotary="position_embeddings",
 )

@@ -67,10 +67,7 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
             self.config.pending_layers = sorted([*self.config.pending_layers, i])
             dense = self.layers[i]
             self.layers[i] = ExpertLayer(self.config, i, dense)
-            # Transformers installs what captures hidden states and attentions once, at the first call that asks.
-            self.layers[i]._forward_hooks.update(dense._forward_hooks)
-            self.layers[i].attention.self._forward_hooks.update(dense.attention.self._forward_hooks)
-            self.layers[i].expander.warm_start_(self.layers[i].attention.output.dense.weight)
+            self.layers[i].expander.warm_start_(self.layers[i].get_submodule(self.config.layer_map.heads_out).weight)
             if not pending:
                 self.config.pending_layers.remove(i)
                 self.layers[i].drop_dense_half_()
