@@ -9,7 +9,8 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from shrp_hf.models.configuration_shrp_bert import ShrpBertConfig
-from shrp_hf.models.expert_layer import ExpertLayer, ExpertLinear, Router, load_balancing_loss
+from shrp_hf.models.expert_attention import ExpertLinear
+from shrp_hf.models.expert_layer import ExpertLayer, Router, load_balancing_loss
 from tests.tiny import NO_DROPOUT, SIZES, assert_near, randomize_
 
 HIDDEN, HEADS, SIZE = SIZES["hidden_size"], SIZES["num_attention_heads"], 8

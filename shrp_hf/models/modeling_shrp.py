@@ -78,8 +78,8 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
             raise ValueError(
-                f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
-                "neurons instead (`prune_heads`)."
+                f"`{type(self).__name__}` has no expert layers: a family that was registered from outside does not convert to "
+                "SHRP. Cut its heads and neurons instead (`prune_heads`)."
             )
         layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):

@@ -14,7 +14,8 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from .configuration_shrp_bert import ShrpBertConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpMaskedLMOutput,

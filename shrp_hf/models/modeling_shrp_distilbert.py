@@ -14,7 +14,8 @@ from transformers import (
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
 
 from .configuration_shrp_distilbert import ShrpDistilBertConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpMaskedLMOutput,

@@ -20,7 +20,8 @@ from transformers.models.electra.modeling_electra import (
 )
 
 from .configuration_shrp_electra import ShrpElectraConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     RoutingOutput,

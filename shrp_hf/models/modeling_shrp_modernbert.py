@@ -15,7 +15,8 @@ from transformers import (
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention, ModernBertEncoderLayer, ModernBertMLP
 
 from .configuration_shrp_modernbert import ShrpModernBertConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpMaskedLMOutput,

@@ -13,7 +13,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertLayer
 
 from .configuration_shrp_nomicbert import ShrpNomicBertConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpMaskedLMOutput,

@@ -14,7 +14,8 @@ from transformers import (
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 from .configuration_shrp_roberta import ShrpRobertaConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpMaskedLMOutput,

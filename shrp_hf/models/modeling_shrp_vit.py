@@ -11,7 +11,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from .configuration_shrp_vit import ShrpViTConfig
-from .expert_layer import ExpertAttention, ExpertLayer
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
 from .routing import (
     ShrpImageClassifierOutput,
@@ -29,7 +30,10 @@ class ShrpViTMixin(ShrpModelMixin):
 
     config: ShrpViTConfig
     config_class = ShrpViTConfig
-    _can_record_outputs: ClassVar[dict] = {"hidden_states": [ViTLayer, ExpertLayer], "attentions": [ViTAttention, ExpertAttention, SilentAttention]}
+    _can_record_outputs: ClassVar[dict] = {
+        "hidden_states": [ViTLayer, ExpertLayer],
+        "attentions": [ViTAttention, ExpertAttention, SilentAttention],
+    }
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("ViT", "ImageClassification")
 
 

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from .expert_layer import ROUTING, ExpertLayer, Routing, load_balancing_loss, named_arguments, sum_over_processes
+from .expert_attention import named_arguments
+from .expert_layer import ROUTING, ExpertLayer, Routing, load_balancing_loss, sum_over_processes
 
 
 @dataclass
