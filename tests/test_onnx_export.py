@@ -20,7 +20,7 @@ from shrp_hf.numerics import ROUNDINGS
 from shrp_hf.onnx_export import check, export, export_onnx, load_for_export, onnx_session
 from shrp_hf.onnx_export.graph import OUTPUTS
 from shrp_hf.onnx_export.sentences import SENTENCES
-from tests.test_families import CASES, TABLE, WITHOUT_EXPERTS, inputs, stock
+from tests.test_families import CASES, TABLE, inputs, stock
 from tests.tiny import assert_near, randomize_, same_state, tiny_bert, tiny_routed
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -40,12 +40,22 @@ QUICK = [
     ("bert", "SequenceClassification", "thin"),
     ("distilbert", "", "thin"),
     ("vit", "", "thin"),
+    ("electra", "SequenceClassification", "routed"),
+    ("distilbert", "", "experts"),
+    ("mpnet", "", "experts"),
+    ("mpnet", "SequenceClassification", "two of several"),
+    ("deberta-v2", "", "routed"),
+    ("deberta-v3", "SequenceClassification", "experts"),
+    ("modernbert", "", "experts, holed"),
+    ("modernbert", "SequenceClassification", "routed"),
+    ("nomic_bert", "", "one expert"),
+    ("vit", "ImageClassification", "experts"),
+    ("vit", "", "routed"),
 ]
 ALL = [
     (family, head, kind)
     for family, head in [*CASES, *((family, "") for family in TABLE)]
     for kind in KINDS
-    if KINDS.index(kind) < 4 or family not in WITHOUT_EXPERTS
 ]
 
 
