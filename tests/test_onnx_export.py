@@ -40,17 +40,10 @@ QUICK = [
     ("bert", "SequenceClassification", "thin"),
     ("distilbert", "", "thin"),
     ("vit", "", "thin"),
-    ("electra", "SequenceClassification", "routed"),
-    ("distilbert", "", "experts"),
-    ("mpnet", "", "experts"),
     ("mpnet", "SequenceClassification", "two of several"),
-    ("deberta-v2", "", "routed"),
     ("deberta-v3", "SequenceClassification", "experts"),
     ("modernbert", "", "experts, holed"),
-    ("modernbert", "SequenceClassification", "routed"),
-    ("nomic_bert", "", "one expert"),
     ("vit", "ImageClassification", "experts"),
-    ("vit", "", "routed"),
 ]
 ALL = [
     (family, head, kind)
