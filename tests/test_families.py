@@ -23,6 +23,8 @@ from transformers import (
 
 import shrp_hf
 from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
+from shrp_hf.benchmark import count_flops, count_parameters
+from shrp_hf.benchmark.cost import model_cost
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.numerics import rounding_bound
 from tests.tiny import SIZES, assert_near, batch, force_experts_, randomize_, same_state
@@ -452,6 +454,13 @@ def test_pending_layer_runs_as_the_stock_layer_until_it_is_activated(family, tmp
     names = set(model.state_dict())
     model.convert_layers_([1, 2], pending=True)
     torch.testing.assert_close(outputs(model, family), dense, **EXACT)
+    said = []
+    for each in (model, stock(family)):  # with dropout, where the stock layer has it
+        torch.manual_seed(3)
+        said.append(outputs(each.train(), family))
+        each.eval()
+    torch.testing.assert_close(*said, **EXACT)
+    assert family in ("modernbert", "nomic_bert", "vit") or not torch.allclose(said[0], dense, atol=1e-3)  # theirs is 0
     added = {name for name in model.state_dict() if ".router." in name or ".expander." in name}
     assert set(model.state_dict()) - added == names
     model.save_pretrained(tmp_path)
@@ -496,6 +505,18 @@ def test_experts_are_refused_by_name_where_they_cannot_be(family):
     message = f"`{path}` of layer 2 is adapted in place (PEFT): merge the adapter first"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         adapted.convert_layers_(1)
+
+
+@pytest.mark.parametrize("family", sorted(set(TABLE) - {"xlm-roberta", "camembert"}))
+def test_experts_are_counted(family):
+    two, one = (prune_heads(routed_model(family), KeepPlan((ALL, kept, kept), 4)) for kept in ((1, 3), (1,)))
+    parameters, flops = model_cost(two, 2, 6).after([4, 1, 1])
+    assert parameters == one.num_parameters()
+    assert count_parameters(one).whole < count_parameters(stock(family)).whole
+    counted = count_flops(one, 2, 6)
+    assert counted < count_flops(stock(family), 2, 6)
+    if not family.startswith("deberta"):
+        assert flops == counted
 
 
 @pytest.mark.parametrize("top", [1, 2])

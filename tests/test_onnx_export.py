@@ -45,11 +45,7 @@ QUICK = [
     ("modernbert", "", "experts, holed"),
     ("vit", "ImageClassification", "experts"),
 ]
-ALL = [
-    (family, head, kind)
-    for family, head in [*CASES, *((family, "") for family in TABLE)]
-    for kind in KINDS
-]
+ALL = [(family, head, kind) for family, head in [*CASES, *((family, "") for family in TABLE)] for kind in KINDS]
 
 
 def built(family, head, kind):
