@@ -242,7 +242,7 @@ def register_family(
 ) -> dict[str, type[PreTrainedModel]]:
     """Teaches scoring, masking, cutting, saving, loading and `to_stock` a family that the package does not know.
 
-    Call it once per process, also before loading what was saved. Expert layers (SHRP) are for BERT and RoBERTa only.
+    Call it once per process, also before loading what was saved. It does not convert to expert layers (SHRP).
 
     Args:
         model_type: The family's `config.model_type`.
@@ -353,6 +353,8 @@ def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrained
             f"`head_bias` of the layer map of {model_type!r} names {layer_map.head_bias!r}, but the forward of "
             f"{type(attention).__name__} has no such argument."
         )
+    if layer_map.norm_before is not None:
+        _module(model_type, "norm_before", layer, layer_map.norm_before)
     for name, paths in (("after_heads", layer_map.after_heads), ("residual_norm", (layer_map.residual_norm,))):
         for path in filter(None, paths):
             _module(model_type, name, layer, path)

@@ -608,7 +608,7 @@ def test_words_that_are_no_numbers_are_refused(words, message, tmp_path):
 
 def test_grids_that_do_not_suit_the_model_are_refused(monkeypatch):
     with pytest.raises(
-        ValueError, match=r"^`expert_layers` must be left out, got \[1\]: only BERT and RoBERTa convert to SHRP\.$"
+        ValueError, match=r"^`expert_layers` must be left out, got \[1\]: this family does not convert to SHRP\.$"
     ):
         Grid(expert_layers=(1,)).check(ModelShape(3, 4, has_expert_layers=False))
     grid = Grid(selectors=("cahp",), heads=(6,))

@@ -41,6 +41,7 @@ from shrp_hf.workflows.compress.search import best, check_reachable, search
 from tests.test_compress import QUICK, TASK, WORDS, flop_time, plain  # noqa: F401
 from tests.test_families import TABLE, outputs, stock
 from tests.tiny import randomize_, same_state, tiny_bert
+from tests.toy_family import ToyConfig, ToyForSequenceClassification, forgotten_afterwards, register
 
 RECIPE = replace(find_recipe("default"), recovery_epochs=1)
 
@@ -112,9 +113,15 @@ def test_candidates_of_every_structure():
     assert len({candidate.name for candidate in found}) == len(found)
 
 
-def test_families_without_expert_layers_have_the_other_structures():
-    model = DistilBertForSequenceClassification(DistilBertConfig(dim=32, n_heads=4, n_layers=3, hidden_dim=64, vocab_size=99))
-    assert {c.structure for c in candidates(model)} == {"uniform", "spread", "first"}
+@pytest.mark.parametrize("family", TABLE)
+def test_every_family_has_every_structure(family):
+    assert {c.structure for c in candidates(stock(family))} == set(STRUCTURES) - {"thin"}
+
+
+def test_registered_family_has_the_other_structures():
+    with forgotten_afterwards():
+        register()
+        assert {c.structure for c in candidates(ToyForSequenceClassification(ToyConfig()))} == {"uniform", "spread", "first"}
 
 
 @pytest.mark.parametrize("candidate", [Uniform(2, 32), FirstLayers(2), SpreadLayers(2)], ids=lambda c: c.name)
@@ -135,7 +142,7 @@ def test_untrained_shape_is_that_of_the_candidate(candidate):
 
 
 @pytest.mark.parametrize("family", TABLE)
-@pytest.mark.parametrize("candidate", [FirstLayers(2), SpreadLayers(2), Uniform(2, 24)], ids=lambda c: c.name)
+@pytest.mark.parametrize("candidate", [FirstLayers(2), SpreadLayers(2), Uniform(2, 24), Experts(2, 1)], ids=lambda c: c.name)
 def test_every_family_takes_every_shape(family, candidate, tmp_path):
     dense = to_shrp(stock(family))
     model = untrained(dense, candidate)
@@ -145,7 +152,7 @@ def test_every_family_takes_every_shape(family, candidate, tmp_path):
         assert not torch.equal(outputs(short, family), outputs(dense, family))
     else:
         short = model
-        assert short.config.intermediate_sizes == [24] * 3
+        assert short.config.intermediate_sizes == ([24] * 3 if isinstance(candidate, Uniform) else None)
     short.save_pretrained(tmp_path)
     auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
     loaded = auto.from_pretrained(tmp_path, dtype=torch.float64)
@@ -388,7 +395,7 @@ def modernbert():
     ("config", "head"),
     [(distilbert, DistilBertForSequenceClassification), (modernbert, ModernBertForSequenceClassification)],
 )
-def test_families_without_expert_layers_are_compressed(config, head, tmp_path, trained):
+def test_other_families_are_compressed(config, head, tmp_path, trained):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
     model = head(config()).eval()
     randomize_(model)
@@ -396,12 +403,11 @@ def test_families_without_expert_layers_are_compressed(config, head, tmp_path, t
     model.save_pretrained(tmp_path / "dense")
     BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "dense")
     verdict = compression(tmp_path / "dense", tmp_path / "out", Targets(1.5)).run()
-    assert [trial.candidate.structure for trial in verdict.trials] == ["thin", "uniform", "first"]  # two layers are too slow
+    tried = [trial.candidate.structure for trial in verdict.trials]
+    assert tried == ["thin", "uniform", "experts", "first"]  # two layers are too slow
     assert verdict.chosen.speedup >= 1.5
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     assert type(opened).__name__ == f"Shrp{head.__name__}"
-    with pytest.raises(ValueError, match="has no expert layers: only BERT and RoBERTa convert to SHRP"):
-        compression(tmp_path / "dense", tmp_path / "other", Targets(1.5), structures=("experts",))
 
 
 def test_layers_are_those_of_the_dense_model_trained_on(plain, tmp_path):  # noqa: F811

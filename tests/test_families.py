@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,13 +11,23 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import shrp_hf
 from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.families import FAMILIES, head_layout
+from shrp_hf.measuring import count_flops, count_parameters
+from shrp_hf.measuring.cost import model_cost
 from shrp_hf.numerics import rounding_bound
-from tests.tiny import SIZES, assert_near, batch, randomize_, same_state
+from tests.tiny import SIZES, assert_near, batch, force_experts_, randomize_, same_state
 
 HEAD_SIZE = 8
 ALL = (0, 1, 2, 3)
@@ -26,6 +37,7 @@ PLANS = {
     "none": KeepPlan(((), ALL, ()), 4),
 }
 MIXED = KeepPlan(((1, 3), (), (2,)), 4)
+EXPERTS = KeepPlan(((0, 2), (2,), (1, 3)), 4)
 THIN = MIXED.with_neurons((range(20, 40), (), (7,)), 64)
 EXACT = {"rtol": 0, "atol": 1e-10}
 DISTILBERT_SIZES = {"n_layers": 3, "n_heads": 4, "dim": 32, "hidden_dim": 64, "vocab_size": 99, "num_labels": 3}
@@ -59,7 +71,12 @@ HEADS["nomic_bert"] = ["MaskedLM", "SequenceClassification", "TokenClassificatio
 EAGER_ONLY = ("mpnet", "deberta-v2", "deberta-v3")
 ATTENTIONS = [(family, attention) for family in TABLE for attention in ("eager", "sdpa")[: 1 if family in EAGER_ONLY else 2]]
 CASES = [(family, head) for family in TABLE for head in HEADS[family]]
-WITHOUT_EXPERTS = ["electra", "distilbert", "mpnet", "deberta-v3", "modernbert", "nomic_bert", "vit"]
+CONVERSIONS = [
+    (*case, padding)
+    for case in ATTENTIONS
+    for padding in (("left", "right", None) if case[0] != "vit" else (None,))
+    if case[0] != "camembert"
+]
 
 
 @functools.cache
@@ -206,7 +223,7 @@ def test_every_stock_family_has_its_head_map_and_its_shrp_type():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """One directory per family with its stock, its cut and its silent model, and what the cut one says."""
+    """One directory per family with its stock, its cut, its silent and its expert model, and what they say."""
     root = tmp_path_factory.mktemp("families")
     for family in TABLE:
         model = stock(family)
@@ -214,7 +231,10 @@ def written(tmp_path_factory):
         model.save_pretrained(root / family / "stock")
         cut.save_pretrained(root / family / "cut")
         to_stock(cut).save_pretrained(root / family / "silent")
-        torch.save((inputs(family), outputs(cut, family)), root / family / "said.pt")
+        experts = prune_heads(routed_model(family), EXPERTS)
+        experts.save_pretrained(root / family / "experts")
+        for kind, says in (("cut", cut), ("silent", cut), ("experts", experts)):
+            torch.save((inputs(family), outputs(says, family)), root / family / kind / "said.pt")
     return root
 
 
@@ -225,10 +245,10 @@ from pathlib import Path
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification
 found = {{}}
 for folder in map(Path, sys.argv[1:]):
-    trust = {{"trust_remote_code": True}} if {trust} and folder.name == "cut" else {{}}
+    trust = {{"trust_remote_code": True}} if {trust} and folder.name != "silent" else {{}}
     auto = AutoModelForImageClassification if folder.parent.name == "vit" else AutoModelForSequenceClassification
     model = auto.from_pretrained(folder, dtype=torch.float64, **trust)
-    batch, expected = torch.load(folder.parent / "said.pt")
+    batch, expected = torch.load(folder / "said.pt")
     with torch.no_grad():
         error = (model(**batch).logits.flatten() - expected).abs().max().item()
     base = AutoModel.from_pretrained(folder, **trust)
@@ -249,7 +269,8 @@ def read_all(folders, before, trust):
 
 
 def test_saved_equals_loaded_in_one_fresh_process(written):
-    for family, _, name, module, base in read_all([written / family / "cut" for family in TABLE], "import shrp_hf", False):
+    folders = [written / family / kind for family in TABLE for kind in ("cut", "experts")]
+    for family, _, name, module, base in read_all(folders, "import shrp_hf", False):
         shrp = to_shrp(stock(family))
         assert (name, module, base) == (type(shrp).__name__, type(shrp).__module__, shrp.base_model_class.__name__)
 
@@ -257,8 +278,9 @@ def test_saved_equals_loaded_in_one_fresh_process(written):
 def test_silent_models_and_remote_code_load_without_us(written):
     folders = [written / family / "silent" for family in TABLE]
     folders += [written / family / "cut" for family in ("roberta", "electra", "distilbert", "vit")]
+    folders += [written / family / "experts" for family in TABLE]
     for family, kind, name, module, base in read_all(folders, "sys.modules['shrp_hf'] = None", True):
-        prefix = TABLE[family][0]
+        prefix = "Roberta" if kind != "silent" and TABLE[family][0] in ("XLMRoberta", "Camembert") else TABLE[family][0]
         if kind == "silent":
             assert (name, base) == (type(stock(family)).__name__, f"{prefix}Model")
             assert module.startswith("transformers.models.")
@@ -317,44 +339,197 @@ def test_shrp_class_reads_the_other_config_object_of_its_families(written):
 # --- SHRP ---
 
 
-@pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
-@pytest.mark.parametrize("padding", ["left", "right", None])
-def test_roberta_converts_to_shrp_and_is_pruned(written, tmp_path, family, padding):
-    shrp_class = shrp_hf.ShrpRobertaForSequenceClassification
-    model = shrp_class.from_pretrained(written / family / "stock", expert_layers=2, dtype=torch.float64)
+def labels(family: str, head: str = "") -> torch.Tensor:
+    return torch.arange(len(next(iter(inputs(family, head=head).values())))) % 3
+
+
+@pytest.mark.parametrize(("family", "attention", "padding"), CONVERSIONS)
+def test_family_converts_to_shrp_and_is_pruned(written, tmp_path, family, attention, padding):
+    shrp_class = type(to_shrp(stock(family)))
+    options = {"dtype": torch.float64, "attn_implementation": "eager" if family in EAGER_ONLY else attention}
+    model = shrp_class.from_pretrained(written / family / "stock", expert_layers=2, **options)
+    for layer in (1, 2):  # the warm start: sqrt(4) times the mean of the four slices of W_O
+        weight = stock(family).base_model.get_submodule(TABLE[family][2].format(layer)).weight
+        start = model.layers[layer].expander.dense.weight
+        torch.testing.assert_close(start, weight.view(32, 4, HEAD_SIZE).mean(dim=1) * 2, **EXACT)
     model.train()
-    output = model(**inputs(family, padding), labels=torch.tensor([0, 1, 2, 0, 1]))
+    output = model(**inputs(family, padding), labels=labels(family))
     output.loss.backward()
     assert all(layer.router.weight.grad.abs().sum() > 0 for layer in model.layers[1:])
-    assert {layer: sum(counts) for layer, counts in model.usage().items()} == {1: 5, 2: 5}
+    assert {layer: sum(counts) for layer, counts in model.usage().items()} == dict.fromkeys((1, 2), len(labels(family)))
     torch.testing.assert_close(output.loss, output.task_loss + 0.1 * output.balance_loss)
-    for layer in model.eval().layers[1:]:
-        layer.router.bias.data[2] = 1e4
-    routed = outputs(model, family, padding)
-    model.prune_heads(KeepPlan((ALL, (2,), (2,)), 4))
+    for layer, expert in ((1, 2), (2, 3)):
+        force_experts_(model, layer, [expert])
+    routed = outputs(model.eval(), family, padding)
+    model.prune_heads(KeepPlan((ALL, (2,), (3,)), 4))
     torch.testing.assert_close(outputs(model, family, padding), routed, **EXACT)
     model.prune_heads({0: [1]})
     assert not any("router" in name for name in model.state_dict())
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    auto = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(tmp_path, **options)
     torch.testing.assert_close(outputs(loaded, family, padding), outputs(model, family, padding), **EXACT)
 
 
-@pytest.mark.parametrize("family", WITHOUT_EXPERTS)
-def test_family_without_expert_layers_says_so(written, family):
-    shrp = to_shrp(stock(family))
-    message = (
-        f"`expert_layers=[1]`: `{shrp.config.model_type}` has none; only BERT and RoBERTa convert to SHRP. Leave the field "
-        "empty, its heads can still be pruned."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        type(shrp.config)(**TABLE[family][1], expert_layers=[1])
-    message = (
-        f"`{type(shrp).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and neurons "
-        "instead (`prune_heads`)."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        type(shrp).from_pretrained(written / family / "stock", expert_layers=1)
+def routed_model(family: str, top: int = 1, head: str | None = None, attention: str = "sdpa") -> PreTrainedModel:
+    """Its last two layers are expert layers, in evaluation mode."""
+    model = to_shrp(stock(family, head, attention=attention))
+    model.config.experts_per_sequence = top
+    model.convert_layers_([1, 2])
+    randomize_(model)
+    return model.eval()
+
+
+def scores_of(family: str, model: PreTrainedModel, query: torch.Tensor, key: torch.Tensor, given: dict, parts: list) -> tuple:
+    """Attention scores (length, length) of one expert by the definition of its family, and where it may not look."""
+    length, kind = len(query), model.base_model
+    apart = torch.arange(length)[:, None] - torch.arange(length)
+    blocked = torch.zeros(length, length, dtype=torch.bool)
+    if family in ("modernbert", "nomic_bert"):
+        turn = sys.modules[type(stock(family)).__module__].apply_rotary_pos_emb
+        query, key = (x[0, 0] for x in turn(query[None, None], key[None, None], *given["position_embeddings"]))
+        if family == "modernbert" and model.config.layer_types[given["layer"]] == "sliding_attention":
+            blocked = apart.abs() > 4
+    if not family.startswith("deberta"):
+        scores = query @ key.T / math.sqrt(HEAD_SIZE)
+        if family == "mpnet":
+            buckets = kind.encoder.relative_position_bucket(-apart)
+            scores = scores + kind.encoder.relative_attention_bias.weight[buckets, given["expert"]]
+        return scores, blocked
+    scale = torch.tensor(3.0 * HEAD_SIZE).sqrt().double()  # which the stock class takes in float32
+    table, relative = kind.encoder.get_rel_embedding()[:16], given["relative_pos"][0]
+    keys, queries = (table @ weight.T + bias for weight, bias in parts)
+    scores = torch.zeros(length, length, dtype=torch.float64)
+    for i in range(length):
+        for j in range(length):
+            to_position = query[i] @ keys[(relative[i, j] + 8).clamp(0, 15)]
+            from_position = key[j] @ queries[(8 - relative[j, i]).clamp(0, 15)]
+            scores[i, j] = (query[i] @ key[j] + to_position + from_position) / scale
+    return scores, blocked
+
+
+@pytest.mark.parametrize("top", [1, 3, 4])
+@pytest.mark.parametrize("family", sorted(set(TABLE) - {"xlm-roberta", "camembert"}))
+@torch.no_grad()
+def test_expert_layer_is_its_definition(family, top):
+    """out = x + LN(GELU(W mean(h) + b)): each sequence and each expert alone, over the real tokens; read is x or norm(x)."""
+    model, seen = routed_model(family, top), []
+    layer, padding = model.layers[2], None if family == "vit" else "left"
+    layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: seen.append(output[:2]))
+    made = inputs(family, padding)
+    model(**made)
+    (hidden, given), (found, logits) = seen
+    real = made.get("attention_mask", torch.ones(hidden.shape[:2])).bool()
+    norm = {"vit": "layernorm_before", "modernbert": "attn_norm"}.get(family)
+    read = hidden if norm is None else stock_layer(family, model, norm)(hidden)
+    means = torch.stack([row[keep].mean(dim=0) for row, keep in zip(read, real, strict=True)])
+    torch.testing.assert_close(logits, means @ layer.router.weight.T + layer.router.bias, **EXACT)
+    matrices = head_layout(model).heads_in(2)
+    for row, keep in enumerate(real):
+        heads = []
+        for expert in logits[row].topk(top).indices.tolist():
+            own = slice(expert * HEAD_SIZE, (expert + 1) * HEAD_SIZE)
+            parts = [(weight[own], 0 if bias is None else bias[own]) for weight, bias in matrices]
+            query, key, value = (read[row] @ weight.T + bias for weight, bias in parts[:3])
+            positions = parts[3:] or parts[1::-1]  # of keys, then of queries
+            scores, blocked = scores_of(family, model, query, key, given | {"expert": expert, "layer": 2}, positions)
+            heads.append(scores.masked_fill(blocked | ~keep, -math.inf).softmax(dim=-1) @ value)
+        expander = layer.expander
+        update = torch.stack(heads).mean(dim=0) @ expander.dense.weight.T + expander.dense.bias
+        update = expander.LayerNorm(torch.nn.functional.gelu(update))
+        torch.testing.assert_close(found[row][keep], (hidden[row] + update)[keep], **EXACT)
+
+
+def stock_layer(family: str, model: PreTrainedModel, path: str) -> torch.nn.Module:
+    """The stock module at a path of layer 2, with the weights that the model has there."""
+    module = copy.deepcopy(to_stock(to_shrp(stock(family))).base_model.layers[2].get_submodule(path))
+    module.load_state_dict(model.layers[2].get_submodule(path).state_dict())
+    return module
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_pending_layer_runs_as_the_stock_layer_until_it_is_activated(family, tmp_path):
+    model, dense = to_shrp(stock(family)), outputs(stock(family), family)
+    names = set(model.state_dict())
+    model.convert_layers_([1, 2], pending=True)
+    torch.testing.assert_close(outputs(model, family), dense, **EXACT)
+    said = []
+    for each in (model, stock(family)):  # with dropout, where the stock layer has it
+        torch.manual_seed(3)
+        said.append(outputs(each.train(), family))
+        each.eval()
+    torch.testing.assert_close(*said, **EXACT)
+    assert family in ("modernbert", "nomic_bert", "vit") or not torch.allclose(said[0], dense, atol=1e-3)  # theirs is 0
+    added = {name for name in model.state_dict() if ".router." in name or ".expander." in name}
+    assert set(model.state_dict()) - added == names
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(outputs(loaded, family), dense, **EXACT)
+    at_once = copy.deepcopy(model)
+    for each, steps in ((loaded, (2, 1)), (at_once, (1, 2))):
+        for layer in steps:
+            each.activate_layer_(layer)
+        each.finish_conversion_()
+    assert same_state(loaded, at_once)
+    assert list(loaded.state_dict()) == list(at_once.state_dict())
+    torch.testing.assert_close(outputs(loaded, family), outputs(at_once, family), **EXACT)
+    assert not torch.allclose(outputs(loaded, family), dense, atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "head"), [case for case in CASES if case[0] not in ("xlm-roberta", "camembert")])
+def test_every_task_head_passes_on_what_the_routers_said(family, head):
+    model = routed_model(family, head=head)
+    base = model.base_model
+    made = inputs(family, head=head)
+    flat = {name: value.flatten(0, 1) for name, value in made.items()} if head == "MultipleChoice" else made
+    output = model(**made)
+    expected = base(**flat)
+    assert len(output.router_logits) == 2
+    for found, alone in zip(output.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(found, alone, **EXACT)
+    torch.testing.assert_close(output.balance_loss, expected.balance_loss, **EXACT)
+    as_tuple = base(**flat, return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], expected[0])
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_experts_are_refused_by_name_where_they_cannot_be(family):
+    model = routed_model(family)
+    with pytest.raises(ValueError, match=r"^Layers \[1, 2\] are expert layers"):
+        to_stock(model)
+    path = head_layout(model).layer_map.heads_in[0].path
+    adapted = to_shrp(stock(family))
+    get_peft_model(adapted, LoraConfig(r=2))
+    message = f"`{path}` of layer 2 is adapted in place (PEFT): merge the adapter first"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        adapted.convert_layers_(1)
+
+
+@pytest.mark.parametrize("family", sorted(set(TABLE) - {"xlm-roberta", "camembert"}))
+def test_experts_are_counted(family):
+    two, one = (prune_heads(routed_model(family), KeepPlan((ALL, kept, kept), 4)) for kept in ((1, 3), (1,)))
+    parameters, flops = model_cost(two, 2, 6).after([4, 1, 1])
+    assert parameters == one.num_parameters()
+    assert count_parameters(one).whole < count_parameters(stock(family)).whole
+    counted = count_flops(one, 2, 6)
+    assert counted < count_flops(stock(family), 2, 6)
+    if not family.startswith("deberta"):
+        assert flops == counted
+
+
+@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("family", sorted(set(TABLE) - {"xlm-roberta", "camembert"}))
+def test_adapter_of_routed_experts_is_merged(family, top):
+    adapted = get_peft_model(routed_model(family, top), LoraConfig(r=2)).eval()
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    expected = outputs(adapted, family)
+    assert not torch.allclose(expected, outputs(routed_model(family, top), family), atol=1e-3)
+    torch.testing.assert_close(outputs(adapted.merge_and_unload(), family), expected, **EXACT)
 
 
 # --- a layer without heads ---
@@ -395,13 +570,17 @@ def test_attention_maps_show_the_heads_that_are_left(family):
         torch.testing.assert_close(cut(**inputs(family)).logits, made.logits, rtol=0, atol=bound)
 
 
-def test_converted_layers_report_hidden_states_and_attentions():
-    model = to_shrp(stock("roberta", attention="eager"))
-    model(**inputs("roberta"), output_attentions=True, output_hidden_states=True)
-    model.convert_layers_([2])
-    made = model(**inputs("roberta"), output_attentions=True, output_hidden_states=True)
-    assert [attention.shape[1] for attention in made.attentions] == [4, 4, 1]
-    assert len(made.hidden_states) == 4
+@pytest.mark.parametrize("family", TABLE)
+def test_converted_layers_report_hidden_states_and_attentions(family):
+    model = to_shrp(stock(family, attention="eager"))
+    model(**inputs(family), output_attentions=True, output_hidden_states=True)
+    model.convert_layers_([2], pending=True)
+    for count in (4, 1):
+        made = model(**inputs(family), output_attentions=True, output_hidden_states=True)
+        assert [attention.shape[1] for attention in made.attentions] == [4, 4, count]
+        assert len(made.hidden_states) == 4
+        if count == 4:
+            model.activate_layer_(2)
 
 
 # --- ViT ---

@@ -21,7 +21,7 @@ from shrp_hf.export import onnx as export
 from shrp_hf.export.graph import OUTPUTS
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.numerics import ROUNDINGS
-from tests.test_families import CASES, TABLE, WITHOUT_EXPERTS, inputs, stock
+from tests.test_families import CASES, TABLE, inputs, stock
 from tests.tiny import assert_near, randomize_, same_state, tiny_bert, tiny_routed
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -41,13 +41,12 @@ QUICK = [
     ("bert", "SequenceClassification", "thin"),
     ("distilbert", "", "thin"),
     ("vit", "", "thin"),
+    ("mpnet", "SequenceClassification", "two of several"),
+    ("deberta-v3", "SequenceClassification", "experts"),
+    ("modernbert", "", "experts, holed"),
+    ("vit", "ImageClassification", "experts"),
 ]
-ALL = [
-    (family, head, kind)
-    for family, head in [*CASES, *((family, "") for family in TABLE)]
-    for kind in KINDS
-    if KINDS.index(kind) < 4 or family not in WITHOUT_EXPERTS
-]
+ALL = [(family, head, kind) for family, head in [*CASES, *((family, "") for family in TABLE)] for kind in KINDS]
 
 
 def built(family, head, kind):

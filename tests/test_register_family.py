@@ -350,11 +350,17 @@ def use_and_ship(tmp_path):
 
 def test_experts_are_refused_by_name():
     message = (
-        "`ShrpToyForSequenceClassification` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
-        "neurons instead (`prune_heads`)."
+        "`ShrpToyForSequenceClassification` has no expert layers: a family that was registered from outside does not convert "
+        "to SHRP. Cut its heads and neurons instead (`prune_heads`)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         to_shrp(toy()).convert_layers_(1)
+    message = (
+        "`expert_layers=[1]`: `shrp_toy` has none; a family that was registered from outside does not convert to SHRP. Leave "
+        "the field empty, its heads can still be pruned."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        type(to_shrp(toy()).config)(expert_layers=[1])
 
 
 def test_class_that_was_not_given_is_refused_by_name():

@@ -14,6 +14,7 @@ from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.training.arguments import ShrpTrainingArguments
 from shrp_hf.training.trainer import ShrpTrainer
+from tests.test_families import TABLE, stock
 from tests.tiny import NO_DROPOUT, batch, examples, same_state, tiny_routed
 from tests.tiny_training import DATA, SHRP, STOCK, bert, logged, trainer_for
 
@@ -43,6 +44,31 @@ def test_stock_bert_is_converted_and_lives_in_the_trainer(tmp_path):
     names = [name for name in trainer.model.state_dict() if re.search(r"layer\.[12]\.", name)]
     assert not [name for name in names if re.search(r"\.(intermediate|output)\.", name)]
     assert logged(trainer, "epoch")[-1] == 3
+
+
+@pytest.mark.parametrize("family", [family for family in TABLE if family not in ("bert", "xlm-roberta", "camembert")])
+def test_every_family_is_converted_trained_with_a_teacher_and_pruned(family, tmp_path):
+    model, teacher = (stock(family, dtype=torch.float32) for _ in range(2))
+    data = DATA[:32] if family != "vit" else [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(32)]
+    steps = {"num_expert_layers": 2, "balance_steps_per_layer": 1, "specialise_steps": 2, "hidden_dropout": 0.0}
+    steps |= {"distillation_hidden_states": 1.0, "distillation_value_relations": 1.0}
+    if model.supports_gradient_checkpointing:
+        steps |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    watch = Watch()
+    trainer = trainer_for(tmp_path, model, data, {"callbacks": [watch], "teacher": teacher}, **steps)
+    trainer.train()
+    assert watch.seen == [((2,), 0.1), ((1, 2), 0.1), ((1, 2), 0.0), ((1, 2), 0.0)]
+    config = trainer.model.config
+    assert (config.expert_layers, config.pending_layers) == ([1, 2], [])
+    counted = {layer: sum(counts) for layer, counts in trainer.model.usage().items()}
+    assert counted == {1: 16, 2: 16}  # two steps of stage "specialise", 8 rows each, once in spite of checkpointing
+    plan = trainer.usage_plan(keep=1)
+    assert {layer: sum(counts) for layer, counts in trainer.model.usage().items()} == {1: 8, 2: 8}  # the rows held out
+    trainer.model.prune_heads(plan)
+    assert [len(kept) for kept in trainer.model.config.kept_heads] == [4, 1, 1]
+    assert not trainer.model.config.is_routed
+    assert all(values > 0 for values in logged(trainer, "loss"))
+    assert trainer.evaluate(data[:8])["eval_loss"] > 0
 
 
 @pytest.mark.parametrize(

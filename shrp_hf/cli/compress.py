@@ -68,7 +68,7 @@ def compress(
     """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
 
     A candidate is thin layers (few heads and neurons, searched layer by layer by the time that they take on this machine, or
-    uniform), expert layers (SHRP; BERT and RoBERTa), or fewer layers (evenly spread, or the first). It measures how fast each
+    uniform), expert layers (SHRP), or fewer layers (evenly spread, or the first). It measures how fast each
     runs here, and refuses a speed-up that none reaches. Then it trains candidates, the most promising first, and chooses by
     measured speed and by quality on rows held out of the training set. The best so far is always in `model`, and Ctrl-C keeps
     it. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png` and `compress.json`. Started again,

@@ -111,6 +111,16 @@ def onnx_outputs(session: Any, names: Sequence[str], batch: Arrays) -> Arrays:
     return dict(zip(names, session.run(list(names), batch), strict=True))
 
 
+def of_real_tokens(model: PreTrainedModel, batches: Sequence[Arrays], outputs: Sequence[Arrays]) -> list[Arrays]:
+    """Leaves the padding out of outputs with an entry for each token.
+
+    Nobody reads what stands there, and where a window holds no real token it is what the runtime makes of nothing.
+    """
+    names = {"last_hidden_state", "start_logits", "end_logits"} | ({"logits"} if predicts_per_token(model) else set())
+    pairs = zip(batches, outputs, strict=True)
+    return [{name: _real(b, values) if name in names else values for name, values in each.items()} for b, each in pairs]
+
+
 def difference(expected: Sequence[Arrays], found: Sequence[Arrays]) -> float:
     """Largest distance of any output, relative to the largest output of its name, which counts as at least 1.
 

@@ -76,20 +76,20 @@ class ProjectedAttention(FusedAttention):
 class FusedExpertLayer(nn.Module):
     """A static expert layer: attention, expander and residual. The mean over experts goes into the expander's weight."""
 
-    def __init__(self, layer: ExpertLayer, split: bool) -> None:
+    def __init__(self, layer: ExpertLayer, layout: HeadLayout, index: int, split: bool) -> None:
         super().__init__()
-        attention = layer.attention.self
-        projections = [(p.weight, p.bias) for p in (attention.query, attention.key, attention.value)]
-        self.attention = FusedAttention(projections, attention.attention_head_size, split)
+        self.attention = FusedAttention(layout.heads_in(index), layout.head_size, split)
+        norm = layout.layer_map.norm_before
+        self.norm = nn.Identity() if norm is None else layer.get_submodule(norm)
         self.expander = layer.expander
         count, dense = self.attention.num_heads, layer.expander.dense
         dense.weight = nn.Parameter(dense.weight.detach().repeat(1, count) / count)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: object, **kwargs: object
     ) -> torch.Tensor:
         """Maps (batch, length, hidden) to the same shape."""
-        heads, _ = self.attention(hidden_states, attention_mask)
+        heads, _ = self.attention(self.norm(hidden_states), attention_mask)
         return hidden_states + self.expander(heads)
 
 
@@ -131,8 +131,8 @@ def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
         if not isinstance(layer, ExpertLayer):
             if layout.kept[i] and layout.layer_map.is_plain:
                 _fuse_attention_(layer, layout, i, split)
-        elif layer.router is None:
-            layers[i] = FusedExpertLayer(layer, split)
+        elif layer.router is None and layout.layer_map.is_plain:
+            layers[i] = FusedExpertLayer(layer, layout, i, split)
     # A bias, a rotation or a window is written as the family computes it, out of standard operators.
     model.config._attn_implementation = ATTENTION if layout.layer_map.is_plain else "eager"
     return model

@@ -22,6 +22,7 @@ from shrp_hf.export.check import (
     input_names,
     is_multiple_choice,
     make_batches,
+    of_real_tokens,
     onnx_outputs,
     torch_outputs,
 )
@@ -100,7 +101,7 @@ def export_onnx(
             staged = Path(folder)
             path = staged / "model.onnx"
             write_graph(reference, tracing_inputs(reference, record["inputs"]), names, path, split=int8)
-            record["float32"] = _check_float32(path, expected, batches)
+            record["float32"] = _check_float32(model, path, expected, batches)
             if int8:
                 write_int8(path, staged / "int8.onnx")
                 (staged / "int8.onnx").replace(path)
@@ -230,8 +231,11 @@ def _run(path: Path, names: Sequence[str], batches: Sequence[Arrays]) -> list[Ar
     return [onnx_outputs(session, names, batch) for batch in batches]
 
 
-def _check_float32(path: Path, expected: Sequence[Arrays], batches: Sequence[Arrays]) -> dict[str, float]:
-    reached = difference(expected, _run(path, list(expected[0]), batches))
+def _check_float32(
+    model: PreTrainedModel, path: Path, expected: Sequence[Arrays], batches: Sequence[Arrays]
+) -> dict[str, float]:
+    found = _run(path, list(expected[0]), batches)
+    reached = difference(*(of_real_tokens(model, batches, each) for each in (expected, found)))
     if not reached <= TOLERANCE:
         raise RuntimeError(
             f"The ONNX file differs from PyTorch by {reached:.2g} of the largest output, more than {TOLERANCE:.1e}: nothing "

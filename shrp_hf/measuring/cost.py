@@ -93,7 +93,8 @@ class LayerCost:
 
     Args:
         head_parameters: Rows of query, key and value with their biases, columns of the output; of an expert layer without.
-        head_flops: Projections and attention of one head.
+        head_flops: Projections and attention of one head; without what DeBERTa makes of positions for each head, which the
+            table of a budget by FLOPs has (`costs.flop_table`).
         neuron_parameters: Rows with their biases, and the column; 0 in an expert layer.
         neuron_flops: Both products of one neuron.
     """

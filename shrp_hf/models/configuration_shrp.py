@@ -226,8 +226,8 @@ class ShrpConfigFields:
             raise ValueError(f"`router_aux_loss_coef` must be 0 or more, got {self.router_aux_loss_coef}.")
         if not self.has_expert_layers and (self.expert_layers or self.pending_layers):
             raise ValueError(
-                f"`expert_layers={self.expert_layers or self.pending_layers}`: `{self.model_type}` has none; only "
-                "BERT and RoBERTa convert to SHRP. Leave the field empty, its heads can still be pruned."
+                f"`expert_layers={self.expert_layers or self.pending_layers}`: `{self.model_type}` has none; a family that "
+                "was registered from outside does not convert to SHRP. Leave the field empty, its heads can still be pruned."
             )
         self.expert_layers = self._checked_layers("expert_layers")
         self.pending_layers = self._checked_layers("pending_layers")

@@ -14,10 +14,8 @@ class ShrpDebertaV2Config(ShrpConfigFields, DebertaV2Config):
     """`DebertaV2Config` with the fields of `ShrpConfigFields`; without them the model equals stock DeBERTa-v2 or v3.
 
     Where position projections are a layer's own (v2), they are cut with its heads; v3 shares those of query and key.
-    There are no expert layers.
     """
 
     model_type = "shrp_deberta_v2"
     stock_model_types: ClassVar[tuple[str, ...]] = ("deberta-v2",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = DEBERTA_V2_LAYER_MAP

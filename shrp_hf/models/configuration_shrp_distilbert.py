@@ -13,10 +13,9 @@ from .layer_map import DISTILBERT_LAYER_MAP, LayerMap
 class ShrpDistilBertConfig(ShrpConfigFields, DistilBertConfig):
     """`DistilBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock DistilBERT.
 
-    `n_heads` stays the original count, whatever was pruned. There are no expert layers.
+    `n_heads` stays the original count, whatever was pruned.
     """
 
     model_type = "shrp_distilbert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = DISTILBERT_LAYER_MAP

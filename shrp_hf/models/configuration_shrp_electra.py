@@ -12,9 +12,8 @@ from .configuration_shrp import ShrpConfigFields
 class ShrpElectraConfig(ShrpConfigFields, ElectraConfig):
     """`ElectraConfig` with the fields of `ShrpConfigFields`; without them the model equals stock ELECTRA.
 
-    `num_attention_heads` stays the original count, whatever was pruned. There are no expert layers.
+    `num_attention_heads` stays the original count, whatever was pruned.
     """
 
     model_type = "shrp_electra"
     stock_model_types: ClassVar[tuple[str, ...]] = ("electra",)
-    has_expert_layers: ClassVar[bool] = False

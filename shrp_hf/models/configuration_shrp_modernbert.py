@@ -11,12 +11,8 @@ from .layer_map import MODERNBERT_LAYER_MAP, LayerMap
 
 @strict
 class ShrpModernBertConfig(ShrpConfigFields, ModernBertConfig):
-    """`ModernBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock ModernBERT.
-
-    There are no expert layers.
-    """
+    """`ModernBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock ModernBERT."""
 
     model_type = "shrp_modernbert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = MODERNBERT_LAYER_MAP

@@ -13,10 +13,9 @@ from .layer_map import MPNET_LAYER_MAP, LayerMap
 class ShrpMPNetConfig(ShrpConfigFields, MPNetConfig):
     """`MPNetConfig` with the fields of `ShrpConfigFields`; without them the model equals stock MPNet.
 
-    All layers share one position bias, of which a layer takes the rows of its own heads. There are no expert layers.
+    All layers share one position bias, of which a layer takes the rows of its own heads.
     """
 
     model_type = "shrp_mpnet"
     stock_model_types: ClassVar[tuple[str, ...]] = ("mpnet",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = MPNET_LAYER_MAP

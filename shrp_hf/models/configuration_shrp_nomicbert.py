@@ -11,14 +11,10 @@ from .layer_map import NOMIC_BERT_LAYER_MAP, LayerMap
 
 @strict
 class ShrpNomicBertConfig(ShrpConfigFields, NomicBertConfig):
-    """`NomicBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock NomicBERT.
-
-    There are no expert layers.
-    """
+    """`NomicBertConfig` with the fields of `ShrpConfigFields`; without them the model equals stock NomicBERT."""
 
     model_type = "shrp_nomic_bert"
     stock_model_types: ClassVar[tuple[str, ...]] = ("nomic_bert",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = NOMIC_BERT_LAYER_MAP
 
     @property

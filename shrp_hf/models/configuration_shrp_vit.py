@@ -13,12 +13,11 @@ from .layer_map import VIT_LAYER_MAP, LayerMap
 class ShrpViTConfig(ShrpConfigFields, ViTConfig):
     """`ViTConfig` with the fields of `ShrpConfigFields`; without them the model equals stock ViT.
 
-    `num_attention_heads` stays the original count, whatever was pruned. There are no expert layers.
+    `num_attention_heads` stays the original count, whatever was pruned.
     """
 
     model_type = "shrp_vit"
     stock_model_types: ClassVar[tuple[str, ...]] = ("vit",)
-    has_expert_layers: ClassVar[bool] = False
     layer_map: ClassVar[LayerMap] = VIT_LAYER_MAP
 
     @property

@@ -1,16 +1,17 @@
 """The expert layer of SHRP (arXiv 2512.20635): heads as experts, a Top-1 router, one shared expander instead of the FFN."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import eager_attention_forward
+from transformers.utils.output_capturing import CompileableContextVar
 
-from .slicing import head_columns, slice_linear
+from .expert_attention import ExpertAttention, named_arguments
+from .slicing import head_columns, keep_rows_
 
 EXPANDER_GAIN = 0.1
 
@@ -24,7 +25,7 @@ class Router(nn.Module):
     `usage` counts the sequences routed to each expert in training, shape (experts,), int64; it is saved with the model.
     """
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.pooling = config.router_pooling
         self.weight = nn.Parameter(torch.empty(config.num_attention_heads, config.hidden_size))
@@ -59,102 +60,21 @@ class Router(nn.Module):
         return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-class ExpertLinear(nn.Linear):
-    """The query, key or value projections of all experts, stacked as BERT stacks its heads.
-
-    What is put around it (LoRA, a quantised form) takes hidden states alone, so it projects by all experts, and the chosen
-    ones are picked afterwards: a gathered weight would give LoRA no gradient and no error.
-
-    Args:
-        dense: The projection to take over; weight (experts * head_size, hidden) and bias stay the same parameters.
-        head_size: Width of one expert.
-    """
-
-    def __init__(self, dense: nn.Module, head_size: int) -> None:
-        nn.Module.__init__(self)  # no weights of its own
-        self.out_features, self.in_features = dense.weight.shape
-        self.head_size = head_size
-        self.weight = dense.weight
-        self.bias = dense.bias
-
-    def forward(self, hidden_states: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
-        """Projects (batch, length, hidden) by all experts, or by those in `experts` (batch, k) only.
-
-        Returns:
-            Shape (batch, length, experts * head_size), or (batch, length, k * head_size).
-        """
-        if experts is None:
-            return nn.functional.linear(hidden_states, self.weight, self.bias)
-        batch, chosen = experts.shape
-        weight = self.weight.view(-1, self.head_size * self.weight.shape[1]).index_select(0, experts.flatten())
-        weight = weight.view(batch, chosen * self.head_size, -1)
-        bias = self.bias.view(-1, self.head_size).index_select(0, experts.flatten()).view(batch, 1, -1)
-        return torch.baddbmm(bias, hidden_states, weight.transpose(1, 2))
-
-
-class ExpertAttention(nn.Module):
-    """Attention by experts: each owns its query, key and value and attends alone.
-
-    Args:
-        config: The model's config.
-        layer_idx: Index of the layer.
-        dense: The stock self-attention whose projections become the experts.
-    """
-
-    def __init__(self, config: object, layer_idx: int, dense: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = False  # sdpa would otherwise take a missing attribute for True
-        self.attention_head_size = config.hidden_size // config.num_attention_heads
-        self.scaling = self.attention_head_size**-0.5
-        self.dropout = config.attention_probs_dropout_prob
-        self.query = ExpertLinear(dense.query, self.attention_head_size)
-        self.key = ExpertLinear(dense.key, self.attention_head_size)
-        self.value = ExpertLinear(dense.value, self.attention_head_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        experts: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attends with the experts (batch, k), or with all that this layer has.
-
-        Returns:
-            Head outputs (batch, length, k, head_size), and the attention maps (batch, k, length, length) in eager.
-        """
-        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        query, key, value = (
-            self._project(projection, hidden_states, experts).view(shape).transpose(1, 2)  # (batch, k, length, head_size)
-            for projection in (self.query, self.key, self.value)
-        )
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
-        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-
-    def _project(self, projection: nn.Module, hidden_states: torch.Tensor, experts: torch.Tensor | None) -> torch.Tensor:
-        if experts is None:
-            return projection(hidden_states)
-        if type(projection) is ExpertLinear:
-            return projection(hidden_states, experts)
-        states = projection(hidden_states).unflatten(-1, (-1, self.attention_head_size))  # (batch, length, experts, head_size)
-        index = experts[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-        return states.gather(2, index).flatten(2)
-
-
 class Expander(nn.Module):
     """Linear(head_size -> hidden) -> GELU -> LayerNorm, shared by the experts of a layer; it replaces W_O and the FFN.
 
     The start of the LayerNorm (gain 0.1, bias 0) is a reconstruction: the layer begins as a small step from its input.
+
+    Args:
+        config: The model's config.
+        eps: Of the LayerNorm: that of the layer's own norms.
     """
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: Any, eps: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size // config.num_attention_heads, config.hidden_size)
+        self.dense = nn.Linear(config.head_size, config.hidden_size)
         self.activation = nn.GELU()
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=eps)
         init.constant_(self.LayerNorm.weight, EXPANDER_GAIN)
 
     def forward(self, head_output: torch.Tensor) -> torch.Tensor:
@@ -171,94 +91,170 @@ class Expander(nn.Module):
         self.LayerNorm.bias.zero_()
 
 
+class Routing:
+    """What the routers of one forward pass of a base model are told, and what they say.
+
+    Stock encoders call their layers with arguments of their own, so it does not pass through them.
+
+    Args:
+        model: The base model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.token_mask: torch.Tensor | None = None
+        self.logits: list[torch.Tensor] = []
+        self.balance_loss: torch.Tensor | None = None
+
+
+ROUTING = CompileableContextVar("shrp_routing")
+"""The `Routing` of the forward pass that runs; of each thread its own."""
+
+
 class ExpertLayer(GradientCheckpointingLayer):
     """An encoder layer after SHRP: out = x + dropout(gate * Expander(mean of the chosen experts' outputs)).
 
-    The gate p / stopgrad(p) is 1 in value and carries the router's gradient (reconstruction). With one expert a
-    sequence it multiplies the expander's output; with several, each head output before their mean, the only place
-    where they are apart. A *pending* layer also holds its dense half and runs as that until it is `active`.
+    Router and experts read x; in a pre-norm family they read norm(x), as its heads did, and the sum is with x (our reading:
+    the paper has a post-norm family). The gate p / stopgrad(p) is 1 in value and carries the router's gradient
+    (reconstruction). With one expert a sequence it multiplies the expander's output; with several, each head output before
+    their mean, the only place where they are apart. A *pending* layer also holds its dense half and runs as that until it
+    is `active`.
 
     Args:
-        config: The model's config.
+        config: The model's config; its layer map says what the family's layers are like.
         layer_idx: Index of the layer.
-        dense: The stock layer that is taken over; its parameters are not copied.
+        dense: The stock layer that is taken over, with its modules; their parameters are not copied.
     """
 
-    def __init__(self, config: object, layer_idx: int, dense: nn.Module) -> None:
+    def __init__(self, config: Any, layer_idx: int, dense: nn.Module) -> None:
         super().__init__()
+        self.layer_map = config.layer_map
         self.num_chosen = config.experts_per_sequence
-        self.active = layer_idx in config.expert_layers
-        self.attention = nn.Module()
-        self.attention.self = ExpertAttention(config, layer_idx, dense.attention.self)
-        self.attention.output = dense.attention.output
-        self.intermediate = dense.intermediate
-        self.output = dense.output
-        weight = dense.attention.self.query.weight
+        self.arguments = named_arguments(dense.forward)
+        # What a family's encoder asks a layer about itself, such as whether it attends within a window.
+        plain = {name: value for name, value in vars(dense).items() if isinstance(value, bool | int | float | str)}
+        for name in plain.keys() - {"training", "gradient_checkpointing"}:
+            setattr(self, name, plain[name])
+        stock, place = dense.get_submodule(self.layer_map.attention), self.layer_map.attention
+        dense.set_submodule(place, ExpertAttention(config, layer_idx, stock).train(stock.training))
+        dense.gradient_checkpointing = False  # this layer does it
+        self._dense: tuple[nn.Module, ...] = (dense,)  # in a tuple: its modules are modules of this one
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        if "dropout" not in self._modules:
+            self.dropout = nn.Dropout(getattr(config, self.layer_map.hidden_dropout))
+        weight = dense.get_submodule(self.layer_map.heads_out).weight
+        eps = next(module.eps for module in dense.modules() if isinstance(module, nn.LayerNorm))
         self.router = Router(config).to(weight.device, weight.dtype)
-        self.expander = Expander(config).to(weight.device, weight.dtype)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.expander = Expander(config, eps).to(weight.device, weight.dtype)
+        self.active = layer_idx in config.expert_layers
+        self._copy_hooks_(dense, stock)
         self.train(dense.training)
         if layer_idx not in config.pending_layers:
             self.drop_dense_half_()
 
+    def _copy_hooks_(self, dense: nn.Module, stock: nn.Module) -> None:
+        # Transformers installs what captures hidden states and attentions once, at the first call that asks.
+        self._forward_hooks.update(dense._forward_hooks)
+        self.experts._forward_hooks.update(stock._forward_hooks)
+
+    @property
+    def experts(self) -> ExpertAttention:
+        """The attention of the experts, which stands where the family has its own."""
+        return self.get_submodule(self.layer_map.attention)
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs as an expert layer."""
+        return self.experts.active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self.experts.active = active
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes what the stock layer takes, and returns what it returns; what the router says goes to `ROUTING`."""
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        hidden_states = given.pop("hidden_states")
+        routing = ROUTING.get() if self.router is not None and self.active else None
+        if routing is not None:
+            given["token_mask"] = routing.token_mask
+        output, logits, maps = super().__call__(hidden_states, **given)
+        if routing is not None:
+            routing.logits.append(logits)
+        return (output, maps) if self.layer_map.returns_maps else output
+
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None, **given: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Maps (batch, length, hidden) to the same shape.
 
         Args:
             hidden_states: Shape (batch, length, hidden).
-            attention_mask: The mask in the form that the attention implementation wants.
-            token_mask: Shape (batch, length), 1 for real tokens; what the router averages over.
-            **kwargs: Passed on to the attention function.
+            token_mask: Shape (batch, length), 1 for real tokens; what the router averages over. None: all are.
+            **given: What else the stock layer takes: the mask in the form that the attention implementation wants,
+                positions, what goes to the attention function.
 
         Returns:
-            The new hidden states, and the router's logits (batch, experts) where a router runs, else None.
+            The new hidden states, the router's logits (batch, experts) where a router runs, else None, and the attention
+            maps where there are any.
         """
         if not self.active:
-            return self._dense_forward(hidden_states, attention_mask, **kwargs), None
+            return self._dense_forward(hidden_states, **given)
+        norm = self.layer_map.norm_before
+        states = hidden_states if norm is None else self.get_submodule(norm)(hidden_states)
+        attention = self.experts
+        passed = {k: v for k, v in given.items() if k in attention.arguments or k not in self.arguments}
         if self.router is None:
-            heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
+            heads, maps = attention(states, **passed)
             update = self.expander(heads.squeeze(2) if heads.shape[2] == 1 else heads.mean(dim=2))
-            return hidden_states + self.dropout(update), None
+            return hidden_states + self.dropout(update), None, maps
 
-        logits = self.router(hidden_states, token_mask)  # (batch, experts)
+        logits = self.router(states, token_mask)  # (batch, experts)
         experts = logits.topk(self.num_chosen, dim=-1).indices  # (batch, k)
-        heads, _ = self.attention.self(hidden_states, attention_mask, experts=experts, **kwargs)
+        heads, maps = attention(states, experts=experts, **passed)
         gate = logits.softmax(dim=-1).gather(-1, experts).clamp(min=torch.finfo(logits.dtype).tiny)
         gate = (gate / gate.detach()).to(hidden_states.dtype)  # (batch, k), all ones
         if self.num_chosen == 1:
             update = gate.unsqueeze(-1) * self.expander(heads.squeeze(2))
         else:
             update = self.expander((gate[:, None, :, None] * heads).mean(dim=2))
-        return hidden_states + self.dropout(update), logits
+        return hidden_states + self.dropout(update), logits, maps
 
-    def _dense_forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: object
-    ) -> torch.Tensor:
-        heads, _ = self.attention.self(hidden_states, attention_mask, **kwargs)
-        attended = self.attention.output(heads.flatten(2), hidden_states)
-        return self.output(self.intermediate(attended), attended)
+    def _dense_forward(self, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+        dense = self._dense[0]
+        dense.training = self.training
+        output = dense.forward(hidden_states, **given)
+        if isinstance(output, torch.Tensor):
+            return output, None, None
+        return output[0], None, output[1] if len(output) > 1 else None
 
     def warm_start_(self) -> None:
         """Sets the expander from the dense half as it is now, and runs as an expert layer from here on."""
-        self.expander.warm_start_(self.attention.output.dense.weight)
+        self.expander.warm_start_(self.get_submodule(self.layer_map.heads_out).weight)
         self.active = True
 
     def drop_dense_half_(self) -> None:
-        """Forgets W_O and the FFN."""
-        self.attention.output = self.intermediate = self.output = None
+        """Forgets W_O, the FFN and the norms around them."""
+        kept = {path: self.get_submodule(path) for path in (self.layer_map.attention, self.layer_map.norm_before) if path}
+        for name in set(self._modules) - {"router", "expander", "dropout"}:
+            del self._modules[name]
+        for path, module in kept.items():
+            *parents, name = path.split(".")
+            place: nn.Module = self
+            for parent in parents:
+                if parent not in place._modules:
+                    place.add_module(parent, nn.Module())
+                place = place._modules[parent]
+            place.add_module(name, module)
+        self._dense = ()
+        self.experts.drop_dense_half_()
 
     def keep_experts_(self, positions: Sequence[int]) -> None:
         """Removes the router and all experts but those at `positions`, counted among those that the layer has now."""
-        attention = self.attention.self
-        index = head_columns(positions, attention.attention_head_size)
-        for name in ("query", "key", "value"):
-            setattr(attention, name, slice_linear(getattr(attention, name), index, dim=0))
+        attention = self.experts
+        keep_rows_(self, self.layer_map.heads_in, head_columns(positions, attention.attention_head_size))
+        attention.keep_experts_(positions)
         self.router = None
 
 

@@ -1,10 +1,12 @@
 """Where a family keeps the heads and the FFN neurons of a layer: one value, read by all that scores, cuts or exports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .positions import Placed, disentangled, rotary, shared_bias
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ class LayerMap:
         residual_norm: A norm inside the attention module that comes last, of what came so far plus the attention's input.
         is_plain: Attention is softmax(query key / sqrt(head size)) with a padding mask and nothing else: no rotation, no
             bias, no window. Then the export writes it as one operator.
+        norm_before: The norm through which a layer's input reaches its attention (pre-norm); None: it comes as it is
+            (post-norm). An expert layer keeps it.
+        positions: How positions reach an expert's scores (`positions.py`); None: they are in the hidden states alone.
+        position_modules: Modules inside the attention module that positions go through, beside what is in `heads_in`.
+        returns_maps: A layer returns (hidden states, attention map) instead of hidden states.
+        hidden_dropout: The field of the config with the dropout of what a layer adds.
+        attention_dropout: The field of the config with the dropout of attention weights.
     """
 
     layers: str
@@ -88,6 +97,12 @@ class LayerMap:
     after_heads: tuple[str, ...] = ()
     residual_norm: str | None = None
     is_plain: bool = False
+    norm_before: str | None = None
+    positions: Callable[..., Placed] | None = None
+    position_modules: tuple[str, ...] = ()
+    returns_maps: bool = False
+    hidden_dropout: str = "hidden_dropout_prob"
+    attention_dropout: str = "attention_probs_dropout_prob"
 
     @property
     def output_is_inside(self) -> bool:
@@ -144,6 +159,8 @@ DISTILBERT_LAYER_MAP = LayerMap(
     activation="ffn.activation",
     head_count="n_heads",
     is_plain=True,
+    hidden_dropout="dropout",
+    attention_dropout="attention_dropout",
 )
 
 VIT_LAYER_MAP = LayerMap(
@@ -155,6 +172,7 @@ VIT_LAYER_MAP = LayerMap(
     neurons_out="mlp.fc2",
     activation="mlp.activation_fn",
     is_plain=True,
+    norm_before="layernorm_before",
 )
 
 MPNET_LAYER_MAP = LayerMap(
@@ -167,6 +185,8 @@ MPNET_LAYER_MAP = LayerMap(
     activation="intermediate.intermediate_act_fn",
     head_width="all_head_size",
     head_bias="position_bias",
+    positions=shared_bias,
+    returns_maps=True,
 )
 
 DEBERTA_V2_LAYER_MAP = LayerMap(
@@ -184,6 +204,9 @@ DEBERTA_V2_LAYER_MAP = LayerMap(
     neurons_out="output.dense",
     activation="intermediate.intermediate_act_fn",
     head_width="all_head_size",
+    positions=disentangled,
+    position_modules=("attention.self.pos_dropout",),
+    returns_maps=True,
 )
 """Also v3's, which shares the projections of query and key with the positions."""
 
@@ -197,6 +220,10 @@ MODERNBERT_LAYER_MAP = LayerMap(
     activation="mlp.act",
     head_count=None,
     after_heads=("attn.out_drop",),
+    norm_before="attn_norm",
+    positions=rotary,
+    hidden_dropout="mlp_dropout",
+    attention_dropout="attention_dropout",
 )
 
 NOMIC_BERT_LAYER_MAP = LayerMap(
@@ -208,4 +235,5 @@ NOMIC_BERT_LAYER_MAP = LayerMap(
     neurons_out="mlp.down_proj",
     activation="mlp.act_fn",
     head_count=None,
+    positions=rotary,
 )

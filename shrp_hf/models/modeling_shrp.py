@@ -67,10 +67,7 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
             self.config.pending_layers = sorted([*self.config.pending_layers, i])
             dense = self.layers[i]
             self.layers[i] = ExpertLayer(self.config, i, dense)
-            # Transformers installs what captures hidden states and attentions once, at the first call that asks.
-            self.layers[i]._forward_hooks.update(dense._forward_hooks)
-            self.layers[i].attention.self._forward_hooks.update(dense.attention.self._forward_hooks)
-            self.layers[i].expander.warm_start_(self.layers[i].attention.output.dense.weight)
+            self.layers[i].expander.warm_start_(self.layers[i].get_submodule(self.config.layer_map.heads_out).weight)
             if not pending:
                 self.config.pending_layers.remove(i)
                 self.layers[i].drop_dense_half_()
@@ -81,8 +78,8 @@ class ShrpModelMixin(PrunedLayersMixin, SavingMixin, SafeWeightsMixin):
         total = self.config.num_hidden_layers
         if not self.config.has_expert_layers:
             raise ValueError(
-                f"`{type(self).__name__}` has no expert layers: only BERT and RoBERTa convert to SHRP. Cut its heads and "
-                "neurons instead (`prune_heads`)."
+                f"`{type(self).__name__}` has no expert layers: a family that was registered from outside does not convert to "
+                "SHRP. Cut its heads and neurons instead (`prune_heads`)."
             )
         layers = _layer_indices(layers, total)
         if self.config.kept_heads is not None or (self.config.expert_layers and not self.config.routed):

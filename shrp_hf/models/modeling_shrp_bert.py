@@ -14,15 +14,16 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from .configuration_shrp_bert import ShrpBertConfig
-from .expert_layer import ExpertAttention, ExpertLayer
-from .modeling_shrp import TEXT_HEADS, ShrpHeadMixin, ShrpModelMixin, auto_map
-from .modeling_shrp_text import (
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
+from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .routing import (
     ShrpMaskedLMOutput,
     ShrpMultipleChoiceOutput,
     ShrpQuestionAnsweringOutput,
     ShrpSequenceClassifierOutput,
-    ShrpTextModel,
     ShrpTokenClassifierOutput,
+    routed,
     with_routing,
 )
 from .slicing import SilentAttention
@@ -40,10 +41,11 @@ class ShrpBertMixin(ShrpModelMixin):
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("Bert", *TEXT_HEADS)
 
 
-class ShrpBertModel(ShrpBertMixin, ShrpTextModel, BertModel):
+class ShrpBertModel(ShrpBertMixin, ShrpBaseMixin, BertModel):
     """The base encoder; converts plain BERT checkpoints through `from_pretrained(..., expert_layers=n)`."""
 
     _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]
+    forward = routed(BertModel.forward)
 
 
 class ShrpBertHead(ShrpBertMixin, ShrpHeadMixin):

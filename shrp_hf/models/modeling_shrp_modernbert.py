@@ -1,4 +1,4 @@
-"""ModernBERT with kept heads and neurons. Parameter names stay the stock ones."""
+"""ModernBERT with expert layers, kept heads and neurons. Parameter names stay the stock ones."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,7 +15,18 @@ from transformers import (
 from transformers.models.modernbert.modeling_modernbert import ModernBertAttention, ModernBertEncoderLayer, ModernBertMLP
 
 from .configuration_shrp_modernbert import ShrpModernBertConfig
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .routing import (
+    ShrpMaskedLMOutput,
+    ShrpMultipleChoiceOutput,
+    ShrpQuestionAnsweringOutput,
+    ShrpSequenceClassifierOutput,
+    ShrpTokenClassifierOutput,
+    routed,
+    with_routing,
+)
 from .slicing import SilentAttention
 
 
@@ -25,8 +36,8 @@ class ShrpModernBertMixin(ShrpModelMixin):
     config: ShrpModernBertConfig
     config_class = ShrpModernBertConfig
     _can_record_outputs: ClassVar[dict] = {
-        "hidden_states": ModernBertEncoderLayer,
-        "attentions": [ModernBertAttention, SilentAttention],
+        "hidden_states": [ModernBertEncoderLayer, ExpertLayer],
+        "attentions": [ModernBertAttention, ExpertAttention, SilentAttention],
     }
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("ModernBert", *TEXT_HEADS)
 
@@ -37,7 +48,9 @@ class ShrpModernBertMixin(ShrpModelMixin):
 
 
 class ShrpModernBertModel(ShrpModernBertMixin, ShrpBaseMixin, ModernBertModel):
-    """The base encoder."""
+    """The base encoder; converts plain checkpoints through `from_pretrained(..., expert_layers=n)`."""
+
+    forward = routed(ModernBertModel.forward)
 
 
 class ShrpModernBertHead(ShrpModernBertMixin, ShrpHeadMixin):
@@ -49,18 +62,28 @@ class ShrpModernBertHead(ShrpModernBertMixin, ShrpHeadMixin):
 class ShrpModernBertForMaskedLM(ShrpModernBertHead, ModernBertForMaskedLM):
     """A masked language model."""
 
+    forward = with_routing(ModernBertForMaskedLM.forward, ShrpMaskedLMOutput)
+
 
 class ShrpModernBertForMultipleChoice(ShrpModernBertHead, ModernBertForMultipleChoice):
     """A scorer of several continuations."""
+
+    forward = with_routing(ModernBertForMultipleChoice.forward, ShrpMultipleChoiceOutput)
 
 
 class ShrpModernBertForQuestionAnswering(ShrpModernBertHead, ModernBertForQuestionAnswering):
     """A span extractor."""
 
+    forward = with_routing(ModernBertForQuestionAnswering.forward, ShrpQuestionAnsweringOutput)
+
 
 class ShrpModernBertForSequenceClassification(ShrpModernBertHead, ModernBertForSequenceClassification):
     """A classifier or regressor of sequences."""
 
+    forward = with_routing(ModernBertForSequenceClassification.forward, ShrpSequenceClassifierOutput)
+
 
 class ShrpModernBertForTokenClassification(ShrpModernBertHead, ModernBertForTokenClassification):
     """A classifier of every token."""
+
+    forward = with_routing(ModernBertForTokenClassification.forward, ShrpTokenClassifierOutput)

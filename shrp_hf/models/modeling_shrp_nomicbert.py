@@ -1,4 +1,4 @@
-"""NomicBERT with kept heads and neurons. Parameter names stay the stock ones."""
+"""NomicBERT with expert layers, kept heads and neurons. Parameter names stay the stock ones."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,7 +13,16 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertLayer
 
 from .configuration_shrp_nomicbert import ShrpNomicBertConfig
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .routing import (
+    ShrpMaskedLMOutput,
+    ShrpSequenceClassifierOutput,
+    ShrpTokenClassifierOutput,
+    routed,
+    with_routing,
+)
 from .slicing import SilentAttention
 
 # NomicBERT checkpoints keep their old parameter names on disk; Transformers looks up the new ones by the type of the model.
@@ -30,14 +39,16 @@ class ShrpNomicBertMixin(ShrpModelMixin):
     config: ShrpNomicBertConfig
     config_class = ShrpNomicBertConfig
     _can_record_outputs: ClassVar[dict] = {
-        "hidden_states": NomicBertLayer,
-        "attentions": [NomicBertAttention, SilentAttention],
+        "hidden_states": [NomicBertLayer, ExpertLayer],
+        "attentions": [NomicBertAttention, ExpertAttention, SilentAttention],
     }
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("NomicBert", *HEADS)
 
 
 class ShrpNomicBertModel(ShrpNomicBertMixin, ShrpBaseMixin, NomicBertModel):
-    """The base encoder."""
+    """The base encoder; converts plain checkpoints through `from_pretrained(..., expert_layers=n)`."""
+
+    forward = routed(NomicBertModel.forward)
 
 
 class ShrpNomicBertHead(ShrpNomicBertMixin, ShrpHeadMixin):
@@ -49,10 +60,16 @@ class ShrpNomicBertHead(ShrpNomicBertMixin, ShrpHeadMixin):
 class ShrpNomicBertForMaskedLM(ShrpNomicBertHead, NomicBertForMaskedLM):
     """A masked language model."""
 
+    forward = with_routing(NomicBertForMaskedLM.forward, ShrpMaskedLMOutput)
+
 
 class ShrpNomicBertForSequenceClassification(ShrpNomicBertHead, NomicBertForSequenceClassification):
     """A classifier or regressor of sequences."""
 
+    forward = with_routing(NomicBertForSequenceClassification.forward, ShrpSequenceClassifierOutput)
+
 
 class ShrpNomicBertForTokenClassification(ShrpNomicBertHead, NomicBertForTokenClassification):
     """A classifier of every token."""
+
+    forward = with_routing(NomicBertForTokenClassification.forward, ShrpTokenClassifierOutput)

@@ -14,15 +14,16 @@ from transformers import (
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
 from .configuration_shrp_roberta import ShrpRobertaConfig
-from .expert_layer import ExpertAttention, ExpertLayer
-from .modeling_shrp import TEXT_HEADS, ShrpHeadMixin, ShrpModelMixin, auto_map
-from .modeling_shrp_text import (
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
+from .modeling_shrp import TEXT_HEADS, ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .routing import (
     ShrpMaskedLMOutput,
     ShrpMultipleChoiceOutput,
     ShrpQuestionAnsweringOutput,
     ShrpSequenceClassifierOutput,
-    ShrpTextModel,
     ShrpTokenClassifierOutput,
+    routed,
     with_routing,
 )
 from .slicing import SilentAttention
@@ -40,10 +41,11 @@ class ShrpRobertaMixin(ShrpModelMixin):
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("Roberta", *TEXT_HEADS)
 
 
-class ShrpRobertaModel(ShrpRobertaMixin, ShrpTextModel, RobertaModel):
+class ShrpRobertaModel(ShrpRobertaMixin, ShrpBaseMixin, RobertaModel):
     """The base encoder; converts plain checkpoints through `from_pretrained(..., expert_layers=n)`."""
 
     _no_split_modules: ClassVar[list[str]] = ["RobertaEmbeddings", "RobertaLayer"]
+    forward = routed(RobertaModel.forward)
 
 
 class ShrpRobertaHead(ShrpRobertaMixin, ShrpHeadMixin):

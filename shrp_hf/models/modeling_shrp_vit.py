@@ -1,4 +1,4 @@
-"""ViT with kept heads. Parameter names stay ViT's."""
+"""ViT with expert layers and kept heads. Parameter names stay ViT's."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -11,7 +11,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from .configuration_shrp_vit import ShrpViTConfig
+from .expert_attention import ExpertAttention
+from .expert_layer import ExpertLayer
 from .modeling_shrp import ShrpBaseMixin, ShrpHeadMixin, ShrpModelMixin, auto_map
+from .routing import (
+    ShrpImageClassifierOutput,
+    routed,
+    with_routing,
+)
 from .slicing import SilentAttention
 
 # ViT checkpoints keep their old parameter names on disk; Transformers looks up the new ones by the name of the class.
@@ -23,12 +30,17 @@ class ShrpViTMixin(ShrpModelMixin):
 
     config: ShrpViTConfig
     config_class = ShrpViTConfig
-    _can_record_outputs: ClassVar[dict] = {"hidden_states": ViTLayer, "attentions": [ViTAttention, SilentAttention]}
+    _can_record_outputs: ClassVar[dict] = {
+        "hidden_states": [ViTLayer, ExpertLayer],
+        "attentions": [ViTAttention, ExpertAttention, SilentAttention],
+    }
     auto_classes: ClassVar[Mapping[str, str]] = auto_map("ViT", "ImageClassification")
 
 
 class ShrpViTModel(ShrpViTMixin, ShrpBaseMixin, ViTModel):
-    """The base encoder."""
+    """The base encoder; converts plain checkpoints through `from_pretrained(..., expert_layers=n)`."""
+
+    forward = routed(ViTModel.forward)
 
 
 class ShrpViTHead(ShrpViTMixin, ShrpHeadMixin):
@@ -39,3 +51,5 @@ class ShrpViTHead(ShrpViTMixin, ShrpHeadMixin):
 
 class ShrpViTForImageClassification(ShrpViTHead, ViTForImageClassification):
     """A classifier of images."""
+
+    forward = with_routing(ViTForImageClassification.forward, ShrpImageClassifierOutput)

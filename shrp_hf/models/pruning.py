@@ -40,7 +40,7 @@ class PrunedLayersMixin:
             if i in config.expert_layers or is_pending:
                 layers[i] = ExpertLayer(config, i, stock)
                 if not config.routed:
-                    layers[i].keep_experts_(range(len(kept)))
+                    layers[i].keep_experts_(kept)
 
     def prune_heads(self, plan: Any, output_means: OutputMeans | None = None) -> None:
         """Cuts the model down in place, for good; the counterpart that returns a new model is `shrp_hf.prune_heads`.

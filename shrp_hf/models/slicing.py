@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer_map import LayerMap, row_index
+from .layer_map import LayerMap, Part, row_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def keep_heads_(
     if not kept:
         _silence_(layer, layer_map, config)
         return
-    _keep_rows_(layer, layer_map.heads_in, index)
+    keep_rows_(layer, layer_map.heads_in, index)
     layer.set_submodule(layer_map.heads_out, slice_linear(output, index, dim=1))
     attention = layer.get_submodule(layer_map.attention)
     if layer_map.head_count is not None:
@@ -227,7 +227,7 @@ def keep_neurons_(layer: nn.Module, layer_map: LayerMap, positions: Sequence[int
             layer.set_submodule(part.path, FirstColumns(part.blocks))
         layer.set_submodule(layer_map.neurons_out, BiasOnly(output.bias, output.weight.shape[0]))
         return
-    _keep_rows_(layer, layer_map.neurons_in, index)
+    keep_rows_(layer, layer_map.neurons_in, index)
     layer.set_submodule(layer_map.neurons_out, slice_linear(output, index, dim=1))
 
 
@@ -256,7 +256,14 @@ def _absorb_(output: nn.Module, means: torch.Tensor, kept: torch.Tensor) -> None
     output.bias = nn.Parameter((output.bias.double() + shift).to(output.bias), requires_grad=output.bias.requires_grad)
 
 
-def _keep_rows_(layer: nn.Module, parts: Sequence[Any], index: torch.Tensor) -> None:
+def keep_rows_(layer: nn.Module, parts: Sequence[Part], index: torch.Tensor) -> None:
+    """Cuts the matrices of these parts down to some rows.
+
+    Args:
+        layer: The layer.
+        parts: Parts of one or several matrices; those that the layer does not have are left out.
+        index: The rows of each block that stay, shape (kept,).
+    """
     for path in dict.fromkeys(part.path for part in parts if part.is_in(layer)):
         linear = layer.get_submodule(path)
         layer.set_submodule(path, slice_linear(linear, row_index(parts, path, linear.weight.shape[0], index), dim=0))

@@ -190,7 +190,7 @@ class Grid:
     def _check_layers(self, shape: ModelShape) -> None:
         if self.expert_layers and not shape.has_expert_layers:
             raise ValueError(
-                f"`expert_layers` must be left out, got {list(self.expert_layers)}: only BERT and RoBERTa convert to SHRP."
+                f"`expert_layers` must be left out, got {list(self.expert_layers)}: this family does not convert to SHRP."
             )
         limits = {
             "expert_layers": shape.num_layers,
