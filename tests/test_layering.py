@@ -27,7 +27,7 @@ ROWS = (
     ("plots", "report"),
     ("record", "runs"),
     ("model_card",),
-    ("workflow", "posthoc", "compare", "compress", "serving"),
+    ("workflow", "posthoc", "compare", "compress", "serving", "export_rows", "vocabulary"),
     ("cli", "__init__"),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

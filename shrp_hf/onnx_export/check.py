@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.lengths import num_positions
+from shrp_hf.onnx_export.options import Text
 from shrp_hf.outputs import MULTI_LABEL, REGRESSION, predicts_per_token, problem_type, task_head
 
-Text = str | tuple[str, ...]
 Arrays = dict[str, np.ndarray]
 
 BATCH_SIZE = 16
@@ -109,6 +109,11 @@ def torch_outputs(model: PreTrainedModel, names: Sequence[str], batches: Sequenc
 def onnx_outputs(session: Any, names: Sequence[str], batch: Arrays) -> Arrays:
     """What ONNX Runtime says."""
     return dict(zip(names, session.run(list(names), batch), strict=True))
+
+
+def first_texts(outputs: Sequence[Arrays], count: int) -> np.ndarray:
+    """Logits of the first `count` texts that batches were made of, in their order, (count, labels)."""
+    return np.concatenate([batch["logits"] for batch in outputs])[:count]
 
 
 def difference(expected: Sequence[Arrays], found: Sequence[Arrays]) -> float:
