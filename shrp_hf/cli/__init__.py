@@ -9,6 +9,7 @@ from shrp_hf.cli.export import export
 from shrp_hf.cli.inspect import inspect
 from shrp_hf.cli.prune import prune
 from shrp_hf.cli.train import demo, train
+from shrp_hf.cli.trim_vocabulary import trim_vocabulary
 
 __all__ = [
     "app",
@@ -22,4 +23,5 @@ __all__ = [
     "main",
     "prune",
     "train",
+    "trim_vocabulary",
 ]

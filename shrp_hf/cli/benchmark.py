@@ -14,7 +14,8 @@ from shrp_hf.cli.app import app, console, list_option, shape_of
 def benchmark(
     models: Annotated[list[str], typer.Argument(help="Hub ids or directories of models; the first is the baseline.")],
     runtimes: Annotated[
-        list, list_option(str, "eager, compiled, onnx, int8; the baseline runs in the first.", "names")
+        list,
+        list_option(str, "eager, compiled, onnx, int8, openvino, openvino-int8; the baseline runs in the first.", "names"),
     ] = "eager",  # type: ignore[assignment]
     shapes: Annotated[
         list, list_option(shape_of, "Batch x length of each workload, or none.", "shapes like 8x128")
@@ -36,7 +37,7 @@ def benchmark(
     Example: `shrp-hf benchmark out/demo/dense out/demo/static --runtimes eager,onnx,int8 --shapes 1x32,8x128`
     """
     from shrp_hf.export import load_for_export
-    from shrp_hf.measuring.environment import command_line, environment
+    from shrp_hf.measuring.environment import command_line, environment, instruction_sets, versions_of
     from shrp_hf.tasks.files import read_texts
     from shrp_hf.workflows.benchmark import ServingOptions, measure_serving, write_serving
     from shrp_hf.workflows.run_directory import check_output
@@ -54,8 +55,9 @@ def benchmark(
             served, options, watch=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
         )
     used = next(iter(result.rows)).timing
-    about = {**environment(), "threads": used.num_threads, "dtype": dtype, "command": command_line()}
-    text = result.markdown()
+    about = {**environment(), "instruction sets": instruction_sets(), "threads": used.num_threads}
+    about |= {**versions_of("onnxruntime", "openvino", "nncf"), "dtype": dtype, "command": command_line()}
+    text = "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n\n" + result.markdown()
     console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     if output is not None:
         write_serving(result, about, output)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.export.options import Text
 from shrp_hf.models.lengths import num_positions
 from shrp_hf.models.outputs import MULTI_LABEL, REGRESSION, predicts_per_token, problem_type, task_head
 
-Text = str | tuple[str, ...]
 Arrays = dict[str, np.ndarray]
 
 BATCH_SIZE = 16
@@ -119,6 +119,11 @@ def of_real_tokens(model: PreTrainedModel, batches: Sequence[Arrays], outputs: S
     names = {"last_hidden_state", "start_logits", "end_logits"} | ({"logits"} if predicts_per_token(model) else set())
     pairs = zip(batches, outputs, strict=True)
     return [{name: _real(b, values) if name in names else values for name, values in each.items()} for b, each in pairs]
+
+
+def first_texts(outputs: Sequence[Arrays], count: int) -> np.ndarray:
+    """Logits of the first `count` texts that batches were made of, in their order, (count, labels)."""
+    return np.concatenate([batch["logits"] for batch in outputs])[:count]
 
 
 def difference(expected: Sequence[Arrays], found: Sequence[Arrays]) -> float:

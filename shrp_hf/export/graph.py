@@ -1,8 +1,9 @@
-"""The form in which a model is traced: few and large operators, ONNX Runtime's own where it has them."""
+"""The form in which a model is traced: few and large operators, ONNX Runtime's own or standard ones alone."""
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,33 @@ from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.models.expert_layer import ExpertLayer
 
 OPSET = 20  # the first one with Gelu
+OPSETS = range(18, 24)  # what torch writes and the tests read
 ATTENTION = "shrp_onnx"
+PORTABLE_ATTENTION = "shrp_onnx_portable"
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 _MASKED = float(torch.finfo(torch.float32).min)
 _Projections = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a graph is written.
+
+    Args:
+        operators: "fused": with ONNX Runtime's own operators, which nothing else reads. "portable": standard ones alone.
+        split: Of fused attention: project in a product of its own, which int8 can quantise at any width. Else ONNX
+            Runtime's `Attention` does everything.
+        opset: Version of the standard operators.
+    """
+
+    operators: str = "fused"
+    split: bool = False
+    opset: int = OPSET
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether only standard operators are used."""
+        return self.operators == "portable"
 
 
 class FusedAttention(nn.Module):
@@ -29,8 +53,7 @@ class FusedAttention(nn.Module):
     Args:
         projections: Weight (heads * head_size, hidden) and bias, or None, of query, key and value.
         head_size: Width of one head.
-        split: Project in a product of its own, which int8 can quantise at any width. Else ONNX Runtime's `Attention`
-            does everything.
+        split: See `Form`.
     """
 
     def __init__(self, projections: _Projections, head_size: int, split: bool) -> None:
@@ -60,25 +83,54 @@ class FusedAttention(nn.Module):
         return context, None
 
 
-class ProjectedAttention(FusedAttention):
-    """The same, in families that keep the output projection inside the attention module."""
+class PortableAttention(nn.Module):
+    """The same of standard operators: one product, then what attention is made of.
 
-    def __init__(self, projections: _Projections, head_size: int, split: bool, output: nn.Module) -> None:
-        super().__init__(projections, head_size, split)
-        self.output = output
+    Args:
+        projections: Weight (heads * head_size, hidden) and bias, or None, of query, key and value.
+        head_size: Width of one head.
+    """
+
+    def __init__(self, projections: _Projections, head_size: int) -> None:
+        super().__init__()
+        whole = FusedAttention(projections, head_size, split=True)
+        self.width, self.num_heads = whole.width, whole.num_heads
+        # Scores are scaled where they cost nothing.
+        scale = whole.bias.new_ones(3 * self.width)
+        scale[: self.width] = head_size**-0.5
+        self.weight, self.bias = nn.Parameter(whole.weight.detach() * scale), nn.Parameter(whole.bias.detach() * scale)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        """Maps (batch, length, hidden) and a bias (batch, 1, 1, length) to (batch, length, heads * head_size)."""
+        projected = hidden_states @ self.weight + self.bias
+        parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected.split(self.width, dim=-1))
+        query, key, value = parts  # (batch, heads, length, head_size)
+        scores = query @ key.transpose(-1, -2)
+        scores = scores if attention_mask is None else scores + attention_mask
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2), None
+
+
+class ProjectedAttention(nn.Module):
+    """Either, in families that keep the output projection inside the attention module."""
+
+    def __init__(self, attention: nn.Module, output: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.output = attention, output
 
     def forward(self, hidden_states: torch.Tensor, *args: torch.Tensor | None, **kwargs: object) -> tuple[torch.Tensor, None]:
-        """Maps (batch, length, hidden) and a mask (batch, length), int32, to (batch, length, hidden)."""
-        context, weights = super().forward(hidden_states, *args, **kwargs)
+        """Maps (batch, length, hidden) and the mask to (batch, length, hidden)."""
+        context, weights = self.attention(hidden_states, *args, **kwargs)
         return self.output(context), weights
 
 
 class FusedExpertLayer(nn.Module):
     """A static expert layer: attention, expander and residual. The mean over experts goes into the expander's weight."""
 
-    def __init__(self, layer: ExpertLayer, layout: HeadLayout, index: int, split: bool) -> None:
+    def __init__(self, layer: ExpertLayer, layout: HeadLayout, index: int, form: Form) -> None:
         super().__init__()
-        self.attention = FusedAttention(layout.heads_in(index), layout.head_size, split)
+        self.attention = _attention(layout.heads_in(index), layout.head_size, form)
         norm = layout.layer_map.norm_before
         self.norm = nn.Identity() if norm is None else layer.get_submodule(norm)
         self.expander = layer.expander
@@ -122,32 +174,46 @@ def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def fused(model: PreTrainedModel, split: bool) -> PreTrainedModel:
-    """Returns a float32 copy of `model` on the CPU in the form that is traced; it cannot be run."""
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+def _attention(projections: _Projections, head_size: int, form: Form) -> FusedAttention | PortableAttention:
+    if form.is_portable:
+        return PortableAttention(projections, head_size)
+    return FusedAttention(projections, head_size, form.split)
+
+
+def fused(model: PreTrainedModel, form: Form) -> PreTrainedModel:
+    """Returns a float32 copy of `model` on the CPU in the form that is traced; with fused operators it cannot be run."""
+    model = copy.deepcopy(model).eval()
+    if any(parameter.dtype != torch.float32 or parameter.device.type != "cpu" for parameter in model.parameters()):
+        model = model.to("cpu", torch.float32)  # not always: small embeddings are kept in float16
     layout = head_layout(model)
     layers = model.base_model.get_submodule(layout.layer_map.layers)
     for i, layer in enumerate(layers):
         if not isinstance(layer, ExpertLayer):
             if layout.kept[i] and layout.layer_map.is_plain:
-                _fuse_attention_(layer, layout, i, split)
+                _fuse_attention_(layer, layout, i, form)
         elif layer.router is None and layout.layer_map.is_plain:
-            layers[i] = FusedExpertLayer(layer, layout, i, split)
+            layers[i] = FusedExpertLayer(layer, layout, i, form)
     # A bias, a rotation or a window is written as the family computes it, out of standard operators.
-    model.config._attn_implementation = ATTENTION if layout.layer_map.is_plain else "eager"
+    own = PORTABLE_ATTENTION if form.is_portable else ATTENTION
+    model.config._attn_implementation = own if layout.layer_map.is_plain else "eager"
     return model
 
 
-def _fuse_attention_(layer: nn.Module, layout: HeadLayout, i: int, split: bool) -> None:
-    layer_map, arguments = layout.layer_map, (layout.heads_in(i), layout.head_size, split)
+def _fuse_attention_(layer: nn.Module, layout: HeadLayout, i: int, form: Form) -> None:
+    layer_map = layout.layer_map
+    made: nn.Module = _attention(layout.heads_in(i), layout.head_size, form)
     if layer_map.output_is_inside:
-        layer.set_submodule(layer_map.attention, ProjectedAttention(*arguments, layout.output(i)))
-    else:
-        layer.set_submodule(layer_map.attention, FusedAttention(*arguments))
+        made = ProjectedAttention(made, layout.output(i))
+    layer.set_submodule(layer_map.attention, made)
 
 
 def _padding_mask(*args: object, attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:
     return None if attention_mask is None else attention_mask.to(torch.int32)  # (batch, length)
+
+
+def _padding_bias(*args: object, attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor | None:
+    """What is added to scores, (batch, 1, 1, length): once for all layers."""
+    return None if attention_mask is None else (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * _MASKED
 
 
 def _attend(
@@ -161,6 +227,17 @@ def _attend(
     """Attention of routed layers, whose projections are gathered for each sequence."""
     mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _attend_with_bias(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _sum_residuals_(graph: Any) -> None:
@@ -180,7 +257,7 @@ def write_graph(
     inputs: Mapping[str, torch.Tensor],
     output_names: Sequence[str],
     path: Path,
-    split: bool,
+    form: Form,
     with_hidden_states: bool = False,
 ) -> None:
     """Traces `model` and writes its graph, weights included.
@@ -190,16 +267,18 @@ def write_graph(
         inputs: A batch to trace with, under the names that the graph will ask for; no dimension may be 1.
         output_names: Fields of the model's output, in the order in which the graph returns them.
         path: Where to.
-        split: See `FusedAttention`.
+        form: Its operators.
         with_hidden_states: The graph also returns what goes into each layer and comes out of the last.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _padding_mask)
+    ALL_ATTENTION_FUNCTIONS.register(PORTABLE_ATTENTION, _attend_with_bias)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PORTABLE_ATTENTION, _padding_bias)
     axes = ({0: "batch"}, {0: "batch", 1: "length"}, {0: "batch", 1: "choices", 2: "length"})
     dynamic = [axes[0] if name == "pixel_values" else axes[tensor.dim() - 1] for name, tensor in inputs.items()]
-    traceable = fused(model, split)
+    traceable = fused(model, form)
     layers = tuple(traceable.base_model.get_submodule(head_layout(model).layer_map.layers)) if with_hidden_states else ()
     traced = _Traced(traceable, list(inputs), list(output_names), layers)
     with warnings.catch_warnings(), torch.no_grad():
@@ -211,7 +290,7 @@ def write_graph(
             input_names=list(inputs),
             output_names=list(output_names),
             dynamic_shapes={"tensors": tuple(dynamic)},
-            opset_version=OPSET,
+            opset_version=form.opset,
             verbose=False,
         )
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine

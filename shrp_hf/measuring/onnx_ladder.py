@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shrp_hf.export.check import input_names
-from shrp_hf.export.graph import write_graph
+from shrp_hf.export.graph import Form, write_graph
 from shrp_hf.export.onnx import output_names, tracing_inputs
 from shrp_hf.export.runtime import EXTRA, onnx_session, write_int8
 from shrp_hf.measuring.ladder import Clock
@@ -68,7 +68,7 @@ def open_parts(
         raise ImportError(EXTRA) from error
     asked, names = input_names(ladder), output_names(ladder)
     path = folder / "ladder.onnx"
-    write_graph(ladder, tracing_inputs(ladder, asked), names, path, split=int8, with_hidden_states=True)
+    write_graph(ladder, tracing_inputs(ladder, asked), names, path, Form(split=int8), with_hidden_states=True)
     if int8:
         write_int8(path, folder / "int8.onnx")
         path = folder / "int8.onnx"

@@ -1,4 +1,4 @@
-"""A model in a runtime: PyTorch, eager or compiled, and ONNX Runtime, float32 or int8."""
+"""A model in a runtime: PyTorch, eager or compiled, ONNX Runtime and OpenVINO, each in float32 or int8."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,11 +7,17 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.export import onnx_session
+from shrp_hf.export import ExportOptions, onnx_session, openvino_session
 from shrp_hf.measuring.cost import peak_memory
 
-RUNTIMES = ("eager", "compiled", "onnx", "int8")
-ONNX_RUNTIMES = ("onnx", "int8")
+EXPORTED = {
+    "onnx": ExportOptions(min_agreement=0.0),
+    "int8": ExportOptions(precision="int8", min_agreement=0.0),
+    "openvino": ExportOptions("openvino", min_agreement=0.0),
+    "openvino-int8": ExportOptions("openvino", "int8-static", min_agreement=0.0),
+}
+"""Runtimes that open a file, by what is in it."""
+RUNTIMES = ("eager", "compiled", *EXPORTED)
 
 Batch = Mapping[str, torch.Tensor]
 Call = Callable[[], object]
@@ -65,8 +71,8 @@ class TorchRunner:
         return value.to(self.device, self.model.dtype if value.is_floating_point() else None)
 
 
-class OnnxRunner:
-    """A file in ONNX Runtime, on the CPU.
+class FileRunner:
+    """A file in ONNX Runtime or OpenVINO, on the CPU.
 
     Args:
         path: The file.
@@ -76,9 +82,15 @@ class OnnxRunner:
     device = torch.device("cpu")
 
     def __init__(self, path: Path, num_threads: int) -> None:
-        self.session = onnx_session(path, num_threads)
-        self.names = [node.name for node in self.session.get_inputs()]
-        self.weight_bytes = path.stat().st_size
+        self.session: Any
+        if path.suffix == ".xml":
+            self.session = openvino_session(path, num_threads)
+            self.names = self.session.input_names
+            self.weight_bytes = path.with_suffix(".bin").stat().st_size
+        else:
+            self.session = onnx_session(path, num_threads)
+            self.names = [node.name for node in self.session.get_inputs()]
+            self.weight_bytes = path.stat().st_size
 
     def prepare(self, batches: Sequence[Batch]) -> Call:
         """Returns the call; a mask or token types that a batch lacks are those of a batch without padding."""
@@ -91,7 +103,7 @@ class OnnxRunner:
         return call
 
     def activation_bytes(self, call: Call) -> None:  # noqa: ARG002
-        """ONNX Runtime does not tell."""
+        """Neither of them tells."""
         return
 
     def _arrays(self, batch: Batch) -> dict[str, Any]:

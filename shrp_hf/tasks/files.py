@@ -105,8 +105,12 @@ def read_file(path: Path, raw_quotes: bool = False) -> Table:
     return _read_json(text, path, notes)
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: Path, option: str = "texts") -> list[str]:
     """Reads the lines of a text file, in UTF-8 or marked UTF-16; empty ones are left out.
+
+    Args:
+        path: The file.
+        option: The option that gave it.
 
     Raises:
         ValueError: It is in another encoding, or no line holds text.
@@ -114,7 +118,7 @@ def read_texts(path: Path) -> list[str]:
     text, _ = _decoded(path)
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"`--texts {path}` holds no text.")
+        raise ValueError(f"`--{option} {path}` holds no text.")
     return lines
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.export import export_onnx
+from shrp_hf.export import ExportRows, export_model
+from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.measuring import measure_calls
-from shrp_hf.measuring.runtimes import ONNX_RUNTIMES, RUNTIMES, OnnxRunner, Runner, TorchRunner
+from shrp_hf.measuring.runtimes import EXPORTED, RUNTIMES, FileRunner, Runner, TorchRunner
 from shrp_hf.measuring.workloads import Workload, count_flops_of
 from shrp_hf.models.lengths import fitting_length
 from shrp_hf.workflows.benchmark.results import ServingResult, ServingRow
@@ -31,14 +32,15 @@ class ServingOptions:
     """What is measured, and how.
 
     Args:
-        runtimes: Of "eager", "compiled", "onnx" and "int8"; the first is the baseline's.
+        runtimes: Of "eager", "compiled", "onnx", "int8", "openvino" and "openvino-int8" (static int8, whose scales are found
+            on `texts` or built-in sentences); the first is the baseline's.
         shapes: (batch, length) of each workload; at batch 1 the times are a request's latency.
         texts: Sentences that make one more workload, sorted by length and batched, as a server would.
         batch_size: Sentences per batch.
         max_length: Most tokens of a sentence that are read; None: as many as the model has positions for.
-        num_threads: CPU threads within an operator, of PyTorch and ONNX Runtime; None: torch's setting.
+        num_threads: CPU threads within an operator, of every runtime; None: torch's setting.
         device: Where PyTorch runs, for example "cpu" or "cuda".
-        dtype: "float32", "bfloat16" or "float16", of PyTorch's weights; ONNX files are float32 or int8.
+        dtype: "float32", "bfloat16" or "float16", of PyTorch's weights; files are float32 or int8.
         num_rounds: Rounds in which the models take turns.
 
     Raises:
@@ -71,7 +73,7 @@ class ServingOptions:
                 raise ValueError(f"`shapes` must be (batch, length), both at least 1, got {shape}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        on_cpu = [name for name in self.runtimes if name in ONNX_RUNTIMES]
+        on_cpu = [name for name in self.runtimes if name in EXPORTED]
         if on_cpu and torch.device(self.device).type != "cpu":
             raise ValueError(
                 f"`runtimes` {on_cpu} run on the CPU, and `device` is {self.device!r}: measure them in a run of their own."
@@ -98,7 +100,7 @@ def measure_serving(
     Args:
         models: Name -> model and tokenizer; the first is the baseline. They are left as they are.
         options: What is measured, and how.
-        exports: Directory to keep the ONNX files in, a folder each; None: they are removed.
+        exports: Directory to keep the files in, a folder each; None: they are removed.
         watch: Called with what is being done, steps done and steps in all.
 
     Returns:
@@ -106,7 +108,7 @@ def measure_serving(
 
     Raises:
         ValueError: There is no model, or one does not suit a workload; before anything is measured.
-        ImportError, RuntimeError: As `export_onnx`.
+        ImportError, RuntimeError: As `export_model`.
     """
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
@@ -149,13 +151,15 @@ def _open_all(
         served = None
         for j, runtime in enumerate(options.runtimes):
             watch(f"opening {name} in {runtime}", i * len(options.runtimes) + j, len(models) * len(options.runtimes))
-            if runtime in ONNX_RUNTIMES:
-                is_int8 = runtime == "int8"
-                path = export_onnx(model, processor, folder / f"{i}-{runtime}", int8=is_int8, min_agreement=0.0)
-                if is_int8:
-                    found = json.loads(path.with_name("onnx.json").read_text(encoding="utf-8"))["int8"]
-                    agreement[name] = f"{found['agreement']:.4f} ({found['measure']})"
-                runners[name, runtime] = OnnxRunner(path, threads)
+            if runtime in EXPORTED:
+                exported = EXPORTED[runtime]
+                rows = ExportRows(calibration=options.texts or SENTENCES) if exported.precision == "int8-static" else None
+                path = export_model(model, processor, folder / f"{i}-{runtime}", exported, rows)
+                if exported.is_int8:
+                    record = json.loads(path.with_name(f"{exported.format}.json").read_text(encoding="utf-8"))
+                    found = record["agreement"]
+                    agreement[f"{name}, {runtime}"] = f"{found['agreement']:.4f} ({found['measure']})"
+                runners[name, runtime] = FileRunner(path, threads)
             else:
                 if served is None:
                     served = copy.deepcopy(model).to(options.device, DTYPES[options.dtype])

@@ -23,7 +23,7 @@ class ServingRow:
         workload: The workload's, for example "8 x 128".
         timing: How long a call took, in a run shared with all rows of the workload.
         flops: FLOPs of a call.
-        weight_bytes: Bytes of the weights; of an ONNX model, of its file.
+        weight_bytes: Bytes of the weights; of an exported model, of its file.
         activation_bytes: Most bytes that a call held beyond them; None where the runtime does not tell.
         speedup: Throughput over that of the first model in the first runtime.
         runtime_speedup: Throughput over that of the first model in the same runtime.
@@ -62,7 +62,7 @@ class ServingResult:
         model: Name of the baseline.
         runtime: Runtime of the baseline.
         rows: By workload, then model, then runtime.
-        agreement: Model -> how far its int8 file agrees with PyTorch on what `export_onnx` compared.
+        agreement: Model and runtime -> how far that int8 file agrees with PyTorch on what `export_model` compared.
     """
 
     model: str
@@ -99,8 +99,8 @@ class ServingResult:
                 )
         parts.append(
             f"Speed-up: throughput over that of {self.model} in {self.runtime}, all in one run. Within the runtime: over that "
-            f"of {self.model} in the same runtime, beside the ratio of their FLOPs. Memory is in MB; ONNX Runtime does not "
-            "tell what it holds beyond its weights."
+            f"of {self.model} in the same runtime, beside the ratio of their FLOPs. Memory is in MB; ONNX Runtime and "
+            "OpenVINO do not tell what they hold beyond the weights."
         )
         if self.agreement:
             lines = [f"- {name}: {value}" for name, value in self.agreement.items()]
