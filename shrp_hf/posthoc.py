@@ -18,7 +18,7 @@ from shrp_hf.plots import check_drawable, plot_clusters, plot_head_map, plot_kne
 from shrp_hf.recipes import Setup, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
-from shrp_hf.runs import check_output
+from shrp_hf.runs import check_output, save_model
 from shrp_hf.sampling import calibration_batches
 from shrp_hf.selectors import SELECTORS, CahpSelector, HeadClusterSelector, Selector
 from shrp_hf.surgery import masked_heads, prune_heads
@@ -127,7 +127,7 @@ def prune_posthoc(
     say: Callable[[str], None] = lambda text: None,
     bar: TrainerCallback | None = None,
 ) -> Path:
-    """Prunes a fine-tuned classifier or regressor and writes the smaller model, its plan, a report and pictures.
+    """Prunes a fine-tuned model and writes the smaller model, its plan, a report and pictures.
 
     Args:
         model_name: Hub id or directory of the fine-tuned model, with its tokenizer.
@@ -170,7 +170,7 @@ def prune_posthoc(
 
     def quality(plan: KeepPlan) -> float:
         with masked_heads(model, plan, means):
-            return evaluate_on(model, data["validation"], task, tokenizer)[task.headline]
+            return evaluate_on(model, data["validation"], task, tokenizer)[task.chosen_by]
 
     selector = options.make_selector(quality)
     selector.check(model)
@@ -201,8 +201,7 @@ def prune_posthoc(
             bar=bar,
         )
         pruned = recover(pruned, teacher, setup, recipe)
-    tokenizer.save_pretrained(output)
-    pruned.save_pretrained(output)
+    save_model(pruned, tokenizer, output)
 
     say("3/3 measuring")
     models = {"unpruned": model, "pruned": pruned}

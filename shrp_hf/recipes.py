@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -22,7 +21,7 @@ from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
 from shrp_hf.plan import KeepPlan
-from shrp_hf.sampling import calibration_batches
+from shrp_hf.sampling import RowCollator, calibration_batches
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.surgery import prune_heads, to_shrp
 from shrp_hf.teacher_outputs import TeacherOutputs
@@ -299,9 +298,10 @@ def stored(teacher: PreTrainedModel, setup: Setup, *, hidden_states: bool = True
     if 2 * size > shutil.disk_usage(setup.folder).free:
         logger.warning("The teacher's outputs take %.1f GB, too much for %s: it runs in each step.", size / 1e9, setup.folder)
         return teacher
-    collator = DataCollatorWithPadding(setup.tokenizer)
     teacher = teacher.to("cuda" if torch.cuda.is_available() else teacher.device)
-    return TeacherOutputs.compute(teacher, rows, collator, setup.folder / "teacher", hidden_states=hidden_states)
+    return TeacherOutputs.compute(
+        teacher, rows, RowCollator(setup.tokenizer), setup.folder / "teacher", hidden_states=hidden_states
+    )
 
 
 def convert(
@@ -382,11 +382,15 @@ def _trainer(
     model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | TeacherOutputs | None
 ) -> ShrpTrainer:
     trainer = ShrpTrainer(
-        to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
+        to_shrp(model),
+        args,
+        data_collator=RowCollator(setup.tokenizer),
+        train_dataset=setup.data["train"],
+        processing_class=setup.tokenizer,
+        teacher=teacher,
     )
     if setup.bar is not None:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(setup.bar)
     return trainer
-

@@ -8,6 +8,7 @@ from rich.markdown import Markdown
 from shrp_hf.cli.app import (
     FORCE_HELP,
     NOT_MET,
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
@@ -30,13 +31,14 @@ from shrp_hf.cli.app import (
 @app.command()
 def compress(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
     speedup: Annotated[float | None, typer.Option(help="Throughput to reach, as a multiple of the model's own.")] = None,
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
@@ -105,7 +107,7 @@ def compress(
         seed=seed,
         force=force,
     )
-    reading = Reading(text_column, text_pair_column, label_column, task)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     with one_bar_each(console) as bar:
         compression = Compression(model, data, output, options, bar=bar)

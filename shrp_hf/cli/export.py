@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from shrp_hf.cli.app import (
+    CorpusOption,
     DataDirOption,
     LabelColumnOption,
     ModelArgument,
@@ -32,6 +33,7 @@ def export(
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
     texts: Annotated[Path | None, typer.Option(help="Compare on the lines of this text file.")] = None,
     min_agreement: Annotated[float, typer.Option(help="Share of int8 predictions that must be PyTorch's.")] = 0.9,
     seed: SeedOption = 0,
@@ -51,23 +53,21 @@ def export(
     from shrp_hf.tasks import Reading
     from shrp_hf.tasks.files import read_texts
 
-    if dataset is not None and texts is not None:
-        raise ValueError("Give one of `--dataset` and `--texts`, not both.")
+    if texts is not None and (dataset is not None or corpus is not None):
+        raise ValueError("Give one of `--dataset` (or `--corpus`) and `--texts`, not both.")
     given = {"data-dir": data_dir, "text-column": text_column, "text-pair-column": text_pair_column}
     given |= {"label-column": label_column, "task": task}
     for name, value in given.items():
-        if value is not None and dataset is None:
+        if value is not None and dataset is None and corpus is None:
             raise ValueError(f"`--{name} {value}` belongs to `--dataset`, which is missing.")
     check_output(output, [model])
     rows: list | None = None
     if texts is not None:
         rows = read_texts(texts)
-    elif dataset is not None:
-        reading = Reading(text_column, text_pair_column, label_column, task)
+    elif dataset is not None or corpus is not None:
+        reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
         data = read_task(model, dataset, data_dir, reading, seed=seed, max_validation=512)
-        held_out = data.validation
-        parts = [held_out[name] for name in ("text", "text_pair") if name in held_out.column_names]
-        rows = [row if len(row) > 1 else row[0] for row in zip(*parts, strict=True)]
+        rows = data.kind.texts(data.validation)
     loaded, tokenizer = load_for_export(model)
     path = export_onnx(loaded, tokenizer, output, int8=int8, texts=rows, min_agreement=min_agreement)
     record = json.loads(path.with_name("onnx.json").read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ import typer
 from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
@@ -45,13 +46,14 @@ costs a fifth."""
 @app.command()
 def train(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
@@ -82,7 +84,7 @@ def train(
     from shrp_hf.tasks import Reading
     from shrp_hf.workflow import WorkflowOptions
 
-    reading = Reading(text_column, text_pair_column, label_column, task)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     workflow_options = WorkflowOptions(
         num_expert_layers=num_expert_layers,

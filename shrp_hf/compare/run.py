@@ -16,7 +16,6 @@ from shrp_hf.compare.grid import Grid, Job, ModelShape
 from shrp_hf.report import write_text
 from shrp_hf.runs import check_output
 from shrp_hf.tasks.baseline import check_learned
-from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task
 
 POLL_SECONDS = 1.0
@@ -113,7 +112,7 @@ class Comparison:
             file = self.worker.file(job)
             if file.exists():
                 held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"]
-                check_learned(self.worker.task, held_out[self.worker.task.headline], self.worker.settings.model)
+                check_learned(self.worker.task, held_out[self.worker.task.chosen_by], self.worker.settings.model)
                 self._unchecked.remove(job)
 
     def drop_models(self) -> None:
@@ -190,4 +189,4 @@ def _shape_of(settings: Settings, task: Task) -> ModelShape:
         )
     family = config.model_type.removeprefix("shrp_")
     converts = family in ("bert", "roberta", "xlm-roberta", "camembert")
-    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.kind is CLASSIFICATION)
+    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.kind.has_classes)

@@ -39,6 +39,7 @@ class Reading:
         task: Kind of the task, a name in `KINDS`; None: found from the labels.
         label_names: Labels in the order of the model that is to be judged (`label_names_of`), which wins over
             the alphabetical one; empty for a model without names.
+        corpus: File or directory of texts without labels, which embeddings learn from.
 
     Raises:
         ValueError: The kind is unknown, or a second text is named without a first.
@@ -49,6 +50,7 @@ class Reading:
     label_column: str | None = None
     task: str | None = None
     label_names: tuple[str, ...] = ()
+    corpus: str | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in KINDS:
