@@ -414,9 +414,7 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, model = self.trainer, self.trainer._shrp_model()
         if model is not None:
-            trainer._routing = RoutingLog(
-                model.usage()
-            )  # what was counted before, or before the checkpoint, is logged already
+            trainer._routing = RoutingLog(model.usage())  # what was counted before, or before the checkpoint, is logged
         trainer._schedule = None
         if not trainer._layers_to_convert:
             return
