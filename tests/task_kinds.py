@@ -102,7 +102,12 @@ def write_modules(folder: Path, **pooling: object) -> None:
         "1_Pooling/config.json": POOLING | pooling,
         "config_sentence_transformers.json": prompts,
     }
-    written["sentence_bert_config.json"] = {"max_seq_length": 24, "do_lower_case": False}
+    written = {
+        "modules.json": modules,
+        "1_Pooling/config.json": POOLING | pooling,
+        "config_sentence_transformers.json": prompts,
+        "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": False},
+    }
     for name, value in written.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
