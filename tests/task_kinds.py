@@ -101,11 +101,6 @@ def write_modules(folder: Path, **pooling: object) -> None:
         "modules.json": modules,
         "1_Pooling/config.json": POOLING | pooling,
         "config_sentence_transformers.json": prompts,
-    }
-    written = {
-        "modules.json": modules,
-        "1_Pooling/config.json": POOLING | pooling,
-        "config_sentence_transformers.json": prompts,
         "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": False},
     }
     for name, value in written.items():
