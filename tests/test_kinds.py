@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from shrp_hf import cli
 from shrp_hf.checkpoints import open_tokenizer
+from shrp_hf.compare import read_cells
 from shrp_hf.compress import Compression
 from shrp_hf.compress import run as compress_run
 from shrp_hf.costs import flop_table
 from shrp_hf.report import predict_on
 from shrp_hf.tasks import Reading, load_fine_tuned, load_task
+from shrp_hf.workflow import REOPENED
 from tests.task_kinds import KINDS, TAGS, make
 from tests.test_compress import flop_time
 from tests.test_pipelines import NOT_INSTALLED
@@ -145,3 +147,42 @@ def test_what_was_compressed_opens_and_answers_without_shrp_hf(compressed, tmp_p
         score = AutoModelForSequenceClassification.from_pretrained(folders["ranking"])(**pair).logits.sigmoid()
     assert_near(np.array(found["embeddings"]), vectors)
     assert_near(np.array(found["ranking"]), score[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compare_sets_structures_side_by_side(kind, made, tmp_path):
+    words = ["--selectors", "his", "--keep", "0.5", "--truncate", "1", "--thin-keep", "0.5", "--seeds", "0", "--no-speed"]
+    words += ["--recovery-epochs", "0", "--max-length", "24", "--without-random", "--force", "--output", tmp_path / "out"]
+    result = run("compare", made[kind].model, *made[kind].options, *words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert f"{HEADLINES[kind]} (reported)" in table
+    cells = {cell["method"]: cell for cell in read_cells(tmp_path / "out")}
+    assert {*cells} == {"dense", "his", "truncate", "thin"}
+    task = task_of(made[kind])
+    assert cells["dense"]["rows"] == task.num_reported
+    assert cells["dense"]["agreement"] == 1
+    assert next(iter(cells["his"]["held_out"])) == task.chosen_by
+
+
+@pytest.mark.parametrize("kind", ["tokens", "embeddings"])
+def test_train_converts_to_experts(kind, made, tmp_path):
+    words = ["--dense-epochs", "1" if kind == "tokens" else "0", "--num-expert-layers", "1", "--recovery-epochs", "1"]
+    words += ["--batch-size", "8", "--max-length", "24", "--output", tmp_path / "out"]
+    result = run("train", made[kind].model, *made[kind].options, *words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    for name in ("dense", "converted", "static"):
+        assert AUTO[kind].from_pretrained(tmp_path / "out" / name).config.num_hidden_layers == 3
+        assert (tmp_path / "out" / name / "modules.json").exists() == (kind == "embeddings")
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert REOPENED in report
+    assert f"static: {HEADLINES[kind]}" in report
+
+
+def test_embeddings_of_texts_alone_are_judged_by_the_dense_model(made, tmp_path):
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("\n".join(f"the story of ann and war {i}" for i in range(60)), encoding="utf-8")
+    words = ["--keep", "0.9", "--max-length", "24", "--output", tmp_path / "out"]
+    result = run("prune", made["embeddings"].model, "--task", "embeddings", "--corpus", corpus, *words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "unpruned: agreement 1.0000, cosine 1.0000" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

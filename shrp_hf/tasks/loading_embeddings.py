@@ -44,37 +44,34 @@ def load_embeddings(name: str | None, data_dir: str | Path | None, reading: Read
         ValueError: There is no corpus, or it holds no text; a judgement names no document or query; a query has none; or a
             score is no number: names file and line, or row.
     """
-    metrics: tuple[str, ...]
-    is_collection = name is not None and is_beir(name, data_dir)
+    folder = _folder(name, data_dir) if name is not None and is_beir(name, data_dir) else None
     if reading.corpus is not None:
         texts, title = _corpus(Path(reading.corpus).expanduser(), reading), Path(reading.corpus).name
-    elif is_collection:
-        texts, title = _documents(_folder(str(name), data_dir) / CORPUS)[1], f"{name}, {CORPUS}"
+    elif folder is not None:
+        texts, title = _documents(folder / CORPUS)[1], f"{folder.name}, {CORPUS}"
     else:
         raise ValueError("Embeddings learn from texts: give `--corpus FILE` (`corpus` of `Reading`), labels are not needed.")
     empty = sum(not text for text in texts)
     texts = list(dict.fromkeys(text for text in texts if text))
+    least = 5 if name is None else 3  # two to hold out, two to report on where nothing else is, one to learn from
+    if len(texts) < least:
+        raise ValueError(f"{title} must hold at least {least} different texts, got {len(texts)}.")
     notes = [f"{len(texts):,} different texts of {title}" + (f", {empty} empty ones left out" if empty else "")]
-    if is_collection:
-        test, reported, more = _collection(_folder(str(name), data_dir))
+    metrics: tuple[str, ...] = AGREEMENT_METRICS
+    if folder is not None:
+        test, reported, more = _collection(folder)
         metrics = RETRIEVAL_METRICS
     elif name is not None:
         test, reported, more = _pairs(name, data_dir, reading)
         metrics = SIMILARITY_METRICS
     else:
         kept, chosen = cut_by_text(texts, min(MOST_REPORTED, max(2, len(texts) // REPORTED_SHARE)), seed=0)
-        test = Dataset.from_dict({"text": [texts[row] for row in chosen]})
-        reported, metrics, texts = f"{title}, texts set aside", AGREEMENT_METRICS, [texts[row] for row in kept]
-        more = ["no judgements came along: the dense model's own similarities judge"]
-    if reading.corpus is not None and name is not None:
-        judged = {*test["text"]}
-        fresh = [text for text in texts if text not in judged]
-        if len(fresh) < len(texts):
-            more.append(f"{len(texts) - len(fresh):,} texts of the corpus are also judged ones and were left out")
-        texts = fresh
+        test, reported = Dataset.from_dict({"text": [texts[row] for row in chosen]}), f"{title}, texts set aside"
+        texts, more = [texts[row] for row in kept], ["no judgements came along: the dense model's own similarities judge"]
+    if reading.corpus is not None:
+        texts, left_out = _without(texts, test)
+        more += left_out
     kept, chosen = cut_by_text(texts, min(sizes.max_validation, max(2, len(texts) // 10)), sizes.seed)
-    if len(chosen) < 2:
-        raise ValueError(f"{title} must hold at least 3 different texts, so that 2 can be held out, got {len(texts)}.")
     train = [texts[row] for row in sample(kept, sizes.max_train, sizes.seed)]
     return Task(
         name=Path(name).name if name else Path(str(reading.corpus)).stem,
@@ -87,6 +84,20 @@ def load_embeddings(name: str | None, data_dir: str | Path | None, reading: Read
         kind_name=EMBEDDINGS.name,
         notes=(*notes, *more),
     )
+
+
+def _without(texts: list[str], test: Dataset) -> tuple[list[str], list[str]]:
+    """Drops the texts that people judged: pairs, and queries; documents are what a collection is given to be searched."""
+    roles = test["role"] if "role" in test.column_names else [""] * len(test)
+    judged = {text for text, role in zip(test["text"], roles, strict=True) if role != "document"}
+    fresh = [text for text in texts if text not in judged]
+    if len(fresh) == len(texts):
+        return texts, []
+    if len(fresh) < 3:
+        raise ValueError(
+            f"All but {len(fresh)} texts of `corpus` are also those that are reported on: give others to learn from."
+        )
+    return fresh, [f"{len(texts) - len(fresh):,} texts of the corpus are also judged ones and were left out"]
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path | None:
