@@ -280,12 +280,9 @@ class ShrpTrainer(FiniteTrainer):
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
-        with self._recorded(self.accelerator.unwrap_model(model)) as values:
-            if (
-                self.teacher is not None
-                and self.compute_loss_func is None
-                and embedding_of(self.accelerator.unwrap_model(model))
-            ):
+        encoder = self.accelerator.unwrap_model(model)
+        with self._recorded(encoder) as values:
+            if self.teacher is not None and self.compute_loss_func is None and embedding_of(encoder) is not None:
                 outputs = model(**inputs)  # the teacher's vectors need no labels
                 loss = outputs["last_hidden_state"].new_zeros(())
             else:

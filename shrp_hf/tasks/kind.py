@@ -186,6 +186,13 @@ class Kind(ABC):
     ) -> np.ndarray:
         """Computes one metric of several models on units drawn with replacement, the same ones for all of them.
 
+        Args:
+            predictions: One a model, over the same rows.
+            name: The metric.
+            label_names: The task's labels.
+            num_resamples: How often units are drawn.
+            seed: Seed of the draws.
+
         Returns:
             Shape (models, num_resamples).
         """
@@ -203,7 +210,12 @@ class Kind(ABC):
 
     @abstractmethod
     def describe(self, train: Dataset, label_names: Sequence[str]) -> str:
-        """Says in a phrase what the training rows hold."""
+        """Says in a phrase what the training rows hold.
+
+        Args:
+            train: The training rows.
+            label_names: The task's labels.
+        """
 
 
 def draws(count: int, num_resamples: int, seed: int) -> list[np.ndarray]:
