@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertForTokenClassification, BertModel, BertTokenizer, DataCollatorWithPadding, EvalPrediction
+from tokenizers import pre_tokenizers
+from transformers import (
+    BertForTokenClassification,
+    BertModel,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    RobertaTokenizer,
+)
 
 from shrp_hf.budget import Budget
 from shrp_hf.distillation import outputs_loss
@@ -97,6 +105,20 @@ def test_first_sub_words_carry_the_tags_and_truncated_words_are_said(tokenizer, 
     short = task.tokenize(tokenizer, 5)["test"][1]
     assert short["judged"]["places"][3:] == [-1] * (len(words) - 3)
     assert "words have no token within `max_length` 5" in caplog.text
+
+
+@pytest.mark.parametrize("is_sequence", [False, True])
+def test_words_have_the_tokens_of_running_text(is_sequence):
+    words = {token: i for i, token in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "Ġ", "b", "Ġa", "Ġb"))}
+    byte_level = RobertaTokenizer(vocab=words, merges=[("Ġ", "a"), ("Ġ", "b")])
+    if is_sequence:
+        whole = byte_level.backend_tokenizer.pre_tokenizer
+        byte_level.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole])
+    rows = Dataset.from_dict({"tokens": [["a", "b", "a"]], "label": [[0, 1, 2]]})
+    encoded = KINDS["tokens"].encode(rows, byte_level, 16, None, "train")[0]
+    assert encoded["input_ids"] == byte_level(" a b a")["input_ids"] == [0, 8, 9, 8, 2]
+    assert encoded["label"] == [-100, 0, 1, 2, -100]
+    assert byte_level("a b")["input_ids"] == [0, 5, 9, 2]  # the tokenizer itself is as it was
 
 
 def test_labels_of_tokens_are_padded_and_others_are_left_as_they_are(tokenizer):

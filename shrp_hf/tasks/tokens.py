@@ -1,5 +1,6 @@
 """Token classification: a tag for each word by BIO, judged by entity F1 (seqeval)."""
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
+from tokenizers import pre_tokenizers
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from shrp_hf.outputs import IGNORED, JUDGED
@@ -41,6 +43,8 @@ class Tokens(Kind):
                 f"The tokenizer {type(tokenizer).__name__} has no word ids, which tell the words of tokens: give the model a "
                 "fast one (`AutoTokenizer.from_pretrained(..., use_fast=True)`, saved into its directory)."
             )
+
+        tokenizer = _with_spaces(tokenizer)
 
         def tokens(batch: dict[str, list]) -> dict[str, list]:
             encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=length)
@@ -133,6 +137,20 @@ class Tokens(Kind):
             found, gold = ({*entities([label_names[i] for i in tags])} for tags in (said, judged["tags"]))
             rows.append((len(found & gold), len(found), len(gold)))
         return np.array(rows)
+
+
+def _with_spaces(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer that sees a space before every word, as in running text.
+
+    Byte-level ones (RoBERTa's, ModernBERT's) write a word after a space with other tokens than one that begins a text, and of
+    words that are given one by one Transformers takes each for a beginning.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    whole: Any = tokenizer.backend_tokenizer.pre_tokenizer
+    for part in list(whole) if isinstance(whole, pre_tokenizers.Sequence) else [whole]:
+        if isinstance(part, pre_tokenizers.ByteLevel):
+            part.add_prefix_space = True
+    return tokenizer
 
 
 def _seqeval() -> Any:
