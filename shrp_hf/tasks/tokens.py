@@ -147,7 +147,8 @@ def _with_spaces(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     tokenizer = copy.deepcopy(tokenizer)
     whole: Any = tokenizer.backend_tokenizer.pre_tokenizer
-    for part in list(whole) if isinstance(whole, pre_tokenizers.Sequence) else [whole]:
+    parts: Any = whole if isinstance(whole, pre_tokenizers.Sequence) else [whole]
+    for part in parts:
         if isinstance(part, pre_tokenizers.ByteLevel):
             part.add_prefix_space = True
     return tokenizer
