@@ -113,6 +113,12 @@ def vectors_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Ten
     return None if embedding is None else sentence_vectors(embedding, outputs["last_hidden_state"], attention_mask)
 
 
+def with_vectors(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> Mapping[str, Any]:
+    """The outputs of a model by name; of an embedding model also the vectors of its sentences (`EMBEDDING`)."""
+    vectors = vectors_of(model, outputs, attention_mask)
+    return outputs if vectors is None else {**outputs, EMBEDDING: vectors}
+
+
 def probe_loss(vectors: torch.Tensor, seed: int) -> torch.Tensor:
     """A loss for models without labels: the mean of each sentence's vector along a direction of its own, drawn at random.
 

@@ -15,7 +15,7 @@ from shrp_hf.model_card import write_card
 from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import check_drawable, plot_clusters, plot_head_map, plot_knee
-from shrp_hf.recipes import Setup, find_recipe, recover
+from shrp_hf.recipes import Setup, check_lesson_of, find_recipe, recover
 from shrp_hf.record import Rows, RunRecord, origin, source_name
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_output, save_model
@@ -154,6 +154,7 @@ def prune_posthoc(
         )
     check_output(output, [model_name, options.teacher], ("checkpoints",))
     set_seed(options.seed)
+    check_lesson_of(recipe, task.kind.is_tuned)
     model = load_fine_tuned(model_name, task)
     tokenizer = open_tokenizer(model_name, model)
     teacher = model

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
+from shrp_hf.outputs import embedding_of
 from shrp_hf.plan import KeepPlan
 from shrp_hf.sampling import RowCollator, calibration_batches
 from shrp_hf.selectors import SELECTORS
@@ -273,9 +274,27 @@ def recover(
         recipe: How.
         name: Name of the training, for its checkpoints.
     """
+    check_lesson_of(recipe, has_labels=embedding_of(model) is None)
     teacher = dense if recipe.distils else None
     epochs, rate = recipe.recovery_epochs, recipe.recovery_learning_rate
     return fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+
+
+def check_lesson_of(recipe: Recipe, has_labels: bool) -> None:
+    """Refuses a recipe by which a model would learn nothing.
+
+    Args:
+        recipe: How it is to be trained.
+        has_labels: Whether there are labels; an embedding model has none.
+
+    Raises:
+        ValueError: There are neither labels nor a teacher, though it is to be trained.
+    """
+    if not has_labels and not recipe.distils and (recipe.recovery_epochs or recipe.routes):
+        raise ValueError(
+            f"`recipe` {recipe.name!r} has no teacher, and an embedding model has no labels: take `default`, in which the "
+            "dense model teaches."
+        )
 
 
 def stored(teacher: PreTrainedModel, setup: Setup, *, hidden_states: bool = True) -> PreTrainedModel | TeacherOutputs:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.model_card import write_card
 from shrp_hf.plots import check_drawable, plot_usage
-from shrp_hf.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
+from shrp_hf.recipes import RECIPES, Recipe, Setup, check_lesson_of, convert, fine_tune, recover, without_routers
 from shrp_hf.record import Rows, RunRecord, expert_choice, origin
 from shrp_hf.report import compare_models, evaluate_on, measure_models, write_text
 from shrp_hf.runs import check_output, claim, kept_model, problem_when_reopened
@@ -89,6 +89,7 @@ class Workflow:
             check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
+        check_lesson_of(options.recipe, task.kind.is_tuned)
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
         claim(output, {"model": model_name, **task.identity, **asdict(options)})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)

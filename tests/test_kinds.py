@@ -102,7 +102,9 @@ def test_prune_export_and_reload(kind, made, tmp_path):
     assert ("SentenceTransformer(" in card) == (kind == "embeddings")
     result = run("export", tmp_path / "out", *made[kind].options, "--output", tmp_path / "onnx")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert json.loads((tmp_path / "onnx" / "onnx.json").read_text(encoding="utf-8"))["compared_on"].endswith("were given")
+    record = json.loads((tmp_path / "onnx" / "onnx.json").read_text(encoding="utf-8"))
+    assert record["compared_on"].endswith("were given")
+    assert record["outputs"][0] == ("sentence_embedding" if kind == "embeddings" else "logits")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -222,4 +222,12 @@ def test_commands_without_data_or_labels(tmp_path):
     made = make("embeddings", tmp_path)
     result = run("train", made.model, *made.options, "--output", tmp_path / "out")
     assert "has no labels to fine-tune on: set `dense_epochs` to 0" in str(result.exception)
+    for command in (
+        ["train", "--dense-epochs", "0", "--recipe", "paper"],
+        ["compress", "--speedup", "2", "--recipe", "paper"],
+        ["prune", "--keep", "0.5", "--recovery-epochs", "1", "--recipe", "paper"],
+        ["compare", "--expert-layers", "1", "--recipes", "paper"],
+    ):
+        result = run(command[0], made.model, *made.options, *command[1:], "--output", tmp_path / "out")
+        assert "has no teacher, and an embedding model has no labels" in str(result.exception), command
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from shrp_hf.checkpoints import open_config
 from shrp_hf.compare.cells import Settings, Worker
 from shrp_hf.compare.claims import claim
 from shrp_hf.compare.grid import Grid, Job, ModelShape
+from shrp_hf.recipes import check_lesson_of
 from shrp_hf.report import write_text
 from shrp_hf.runs import check_output
 from shrp_hf.tasks.baseline import check_learned
@@ -42,6 +44,8 @@ class Comparison:
         self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path, force: bool = False
     ) -> None:
         grids = [grids] if isinstance(grids, Grid) else grids
+        if not task.kind.is_tuned:  # a dense model that is its own teacher stays as it is
+            grids = [replace(grid, without_control=True) for grid in grids]
         check_output(output, [settings.model], ("models", "checkpoints"))
         shape = _shape_of(settings, task)
         for grid in grids:
@@ -53,6 +57,8 @@ class Comparison:
             self.worker.check_thin(fastest)
         self.jobs: dict[str, Job] = {}
         for job in chain.from_iterable(grid.jobs().values() for grid in grids):
+            if job.recipe is not None:
+                check_lesson_of(job.recipe, task.kind.is_tuned)
             self.jobs.setdefault(job.key, job)
         self._started = time.time()
         self._unchecked = [] if force else [job for job in self.jobs.values() if job.kind == "dense"]

@@ -44,7 +44,7 @@ from shrp_hf.lengths import fitting_length
 from shrp_hf.model_card import CARD_NAME
 from shrp_hf.plan import KeepPlan
 from shrp_hf.plots import check_drawable
-from shrp_hf.recipes import Setup, convert, fine_tune, recover, without_routers
+from shrp_hf.recipes import Setup, check_lesson_of, convert, fine_tune, recover, without_routers
 from shrp_hf.record import RECORD_NAME
 from shrp_hf.report import predict_on, write_text
 from shrp_hf.runs import check_output, claim, kept_model, problem_when_reopened, save_model, saved_model
@@ -100,6 +100,7 @@ class Compression:
         check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
+        check_lesson_of(options.recipe, task.kind.is_tuned)
         batch_size, length = options.shape
         options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
         self.options = options

@@ -32,6 +32,7 @@ from shrp_hf.onnx_export.check import (
 from shrp_hf.onnx_export.graph import OPSET, OUTPUTS, write_graph
 from shrp_hf.onnx_export.runtime import EXTRA, onnx_session, write_int8
 from shrp_hf.onnx_export.sentences import SENTENCES
+from shrp_hf.outputs import with_vectors
 
 TOLERANCE = rounding_bound(1.0, torch.float32)  # of the scale
 MIN_AGREEMENT = 0.9
@@ -207,7 +208,8 @@ def output_names(model: PreTrainedModel) -> list[str]:
         raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")
     inputs = tracing_inputs(model, input_names(model))
     with torch.inference_mode():
-        output = model(**{k: v.to(model.device) for k, v in inputs.items()}, return_dict=True)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        output = with_vectors(model, model(**inputs, return_dict=True), inputs.get("attention_mask"))
     names = [name for name in OUTPUTS if output.get(name) is not None]
     if not names:
         raise ValueError(f"`{type(model).__name__}` returns {list(output)}, none of which can be exported: {OUTPUTS}.")
