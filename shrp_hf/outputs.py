@@ -25,6 +25,8 @@ IGNORED = -100
 """The label of a token that is in no loss."""
 JUDGED = "judged"
 """A column of tokenised rows by which an answer is judged; no input of a model."""
+PAIRS = "pairs"
+"""The split with texts that belong together, beside those of a task."""
 EMBEDDING = "sentence_embedding"
 """Field in the config of an embedding model: how its tokens become a vector, and what else its SentenceTransformer says."""
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens")

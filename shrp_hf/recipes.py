@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import DatasetDict
@@ -15,12 +15,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.budget import Budget
-from shrp_hf.outputs import embedding_of
+from shrp_hf.contrast import EPOCHS, LEARNING_RATE, PairCollator, PairTrainer
+from shrp_hf.outputs import PAIRS, embedding_of
 from shrp_hf.plan import KeepPlan
 from shrp_hf.sampling import RowCollator, calibration_batches
 from shrp_hf.selectors import SELECTORS
@@ -31,6 +33,7 @@ from shrp_hf.training_args import ShrpTrainingArguments
 from shrp_hf.usage import plan_by_usage
 
 logger = logging.getLogger(__name__)
+TrainerKind = TypeVar("TrainerKind", bound=Trainer)
 
 EXPERT_SELECTORS = ("usage", "his", "hies", "entropy", "magnitude", "random")
 """What may choose the experts that stay: the usage of trained routers (SHRP), or scores of the heads of the dense model."""
@@ -218,7 +221,7 @@ class Setup:
             **kwargs,
         )
 
-    def train(self, trainer: ShrpTrainer) -> PreTrainedModel:
+    def train(self, trainer: Trainer) -> PreTrainedModel:
         """Trains, from the last checkpoint if there is one; returns the model, in evaluation mode."""
         folder = Path(trainer.args.output_dir)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
@@ -268,7 +271,7 @@ def recover(
     """Trains a pruned or truncated model back by `recipe`, the same for every method.
 
     Args:
-        model: The smaller model; it is trained in place.
+        model: The smaller model; it is trained in place. An embedding model ends on pairs, where some came along.
         dense: The dense model, which teaches where the recipe says so.
         setup: What all trainings of the run share.
         recipe: How.
@@ -277,7 +280,23 @@ def recover(
     check_lesson_of(recipe, has_labels=embedding_of(model) is None)
     teacher = dense if recipe.distils else None
     epochs, rate = recipe.recovery_epochs, recipe.recovery_learning_rate
-    return fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+    model = fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+    return contrast(model, setup, name=name) if epochs and PAIRS in setup.data else model
+
+
+def contrast(model: PreTrainedModel, setup: Setup, *, name: str) -> PreTrainedModel:
+    """Trains an embedding model for an epoch on the pairs that came along; returns it in evaluation mode.
+
+    Args:
+        model: The model; it is trained in place.
+        setup: What all trainings of the run share; its split "pairs" has the pairs.
+        name: Name of the training before it, for checkpoints.
+    """
+    args = setup.arguments(
+        f"{name}-contrast", num_train_epochs=EPOCHS, learning_rate=LEARNING_RATE, remove_unused_columns=False
+    )
+    collator = PairCollator(setup.tokenizer)
+    return setup.train(_watched(PairTrainer(model, args, collator, setup.data[PAIRS]), setup))
 
 
 def check_lesson_of(recipe: Recipe, has_labels: bool) -> None:
@@ -408,6 +427,10 @@ def _trainer(
         processing_class=setup.tokenizer,
         teacher=teacher,
     )
+    return _watched(trainer, setup)
+
+
+def _watched(trainer: TrainerKind, setup: Setup) -> TrainerKind:
     if setup.bar is not None:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)

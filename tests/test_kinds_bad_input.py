@@ -188,7 +188,7 @@ def test_corpora_without_texts(tmp_path):
     assert (task.headline, task.num_reported, len(task.test)) == ("spearmanr", 2, 4)
     assert "text 3" not in {*task.train["text"], *task.validation["text"]}
     assert "1 texts of the corpus are also judged ones and were left out" in task.describe()
-    assert "`corpus` 'x' holds texts without labels" in refused(pairs, corpus="x")
+    assert "`corpus` 'x' is for `--task embeddings` alone" in refused(pairs, corpus="x")
 
 
 @pytest.mark.parametrize(

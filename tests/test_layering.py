@@ -20,6 +20,7 @@ ROWS = (
     ("onnx_export", "benchmark"),
     ("costs",),
     ("selectors",),
+    ("contrast",),
     ("tasks", "distillation", "dropout", "sampling", "teacher_outputs", "routing_log"),
     ("trainer", "dsp"),
     ("recipes",),

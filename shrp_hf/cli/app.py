@@ -32,6 +32,9 @@ TextPairColumnOption = Annotated[str | None, typer.Option(help="Column of the se
 LabelColumnOption = Annotated[
     str | None, typer.Option(help="Column of the label, or one of 0 and 1 for each label: a,b,c; default: found by its name.")
 ]
+PairsOption = Annotated[
+    str | None, typer.Option(help="Embeddings: file of texts that belong together, on which a recovery ends.")
+]
 TaskOption = Annotated[
     Literal["classification", "multilabel", "regression", "tokens", "ranking", "embeddings"] | None,
     typer.Option(help="Kind of task, where the data do not say."),
@@ -102,7 +105,7 @@ def read_task(model: str | None, dataset: str | None, data_dir: Path | None, rea
         model: The model; None for one that is still to be fine-tuned.
         dataset: Value of `--dataset`; None where embeddings learn from `--corpus` alone.
         data_dir: Value of `--data-dir`.
-        reading: Values of `--text-column`, `--text-pair-column`, `--label-column`, `--task` and `--corpus`.
+        reading: Values of `--text-column`, `--text-pair-column`, `--label-column`, `--task`, `--corpus` and `--pairs`.
         **sizes: Other arguments of `load_task`.
 
     Raises:

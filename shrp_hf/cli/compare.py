@@ -20,6 +20,7 @@ from shrp_hf.cli.app import (
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     TaskOption,
     TextColumnOption,
     TextPairColumnOption,
@@ -53,6 +54,7 @@ def compare(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     selectors: Annotated[
         Any, list_option(str, "hies, his, entropy, cahp, cahp-direct, magnitude, random, dsp, dsp-pipelined.")
     ] = "",
@@ -145,7 +147,7 @@ def compare(
     console = Console(file=sys.stdout)
     errors = {}
     if not report_only:
-        reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
+        reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
         data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=split_seed, max_train=max_train)
         comparison = Comparison(settings, grid, data, output, force=force)
         errors = _run(comparison, console)

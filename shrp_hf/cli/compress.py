@@ -15,6 +15,7 @@ from shrp_hf.cli.app import (
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     RecipeOption,
     SeedOption,
     TaskOption,
@@ -39,6 +40,7 @@ def compress(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     speedup: Annotated[float | None, typer.Option(help="Throughput to reach, as a multiple of the model's own.")] = None,
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
@@ -109,7 +111,7 @@ def compress(
         seed=seed,
         force=force,
     )
-    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     with one_bar_each(console) as bar:
         compression = Compression(model, data, output, options, bar=bar)

@@ -12,6 +12,7 @@ from shrp_hf.cli.app import (
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
@@ -34,6 +35,7 @@ def prune(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, cahp-direct, magnitude, random or usage.")] = "hies",
     keep: Annotated[float | None, typer.Option(help="Share of the heads that stay (with --neurons, of both).")] = None,
     heads: Annotated[int | None, typer.Option(help="Number of heads that stay.")] = None,
@@ -112,7 +114,7 @@ def prune(
         max_length=max_length,
         seed=seed,
     )
-    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     with one_bar_each(console) as bar:
         report = prune_posthoc(model, data, output, prune_options, say=lambda text: console.rule(text), bar=bar)

@@ -15,6 +15,7 @@ from shrp_hf.cli.app import (
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     RecipeOption,
     SeedOption,
     TaskOption,
@@ -54,6 +55,7 @@ def train(
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
     corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = 1,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before the conversion; 0: the model is fine-tuned.")] = 3.0,
@@ -85,7 +87,7 @@ def train(
     from shrp_hf.tasks import Reading
     from shrp_hf.workflow import WorkflowOptions
 
-    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     workflow_options = WorkflowOptions(
         num_expert_layers=num_expert_layers,

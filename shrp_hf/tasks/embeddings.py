@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shrp_hf.outputs import EMBEDDING, JUDGED, answers_of, embedding_of
+from shrp_hf.contrast import POSITIVE
+from shrp_hf.outputs import EMBEDDING, JUDGED, PAIRS, answers_of, embedding_of
 from shrp_hf.tasks.kind import NEEDS_METRICS, Baseline, Kind, check_finite, draws
 from shrp_hf.tasks.ranked import MEASURES, per_query, resampled_means
 from shrp_hf.tasks.sentence_folder import plain_embedding, read_sentence_folder
@@ -82,11 +83,21 @@ class Embeddings(Kind):
             texts = [prompt_of(embedding, role) + text for role, text in zip(roles, batch["text"], strict=True)]
             return tokenizer(texts, truncation=True, max_length=length)
 
+        if split == PAIRS:
+            return self._encode_pairs(rows, tokenizer, length, embedding)
         names = [column for column in rows.column_names if column != JUDGED]
         encoded = rows.map(tokens, batched=True, remove_columns=names, desc=f"Tokenizing {split}")
         if split == "train" or JUDGED in encoded.column_names:
             return encoded
         return encoded.add_column(JUDGED, [{"vector": vector.tolist()} for vector in _embedded(model, encoded, tokenizer)])
+
+    def _encode_pairs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, embedding: Mapping) -> Dataset:
+        """The tokens of each text as a query, and of its partner as a document."""
+        columns = {}
+        for name, column, role in (("input_ids", "text", "query"), (POSITIVE, "text_pair", "document")):
+            texts = [prompt_of(embedding, role) + text for text in rows[column]]
+            columns[name] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        return Dataset.from_dict(columns)
 
     def count(self, rows: Dataset) -> int:
         """Pairs, queries, or texts."""

@@ -69,8 +69,9 @@ def load_task(
     sizes = Sizes(seed, max_train, max_validation)
     if reading.task == EMBEDDINGS.name or (reading.task is None and is_beir(name, data_dir)):
         return load_embeddings(name or None, data_dir, reading, sizes)
-    if reading.corpus is not None:
-        raise ValueError(f"`corpus` {reading.corpus!r} holds texts without labels, which `--task embeddings` learns from.")
+    for argument in ("corpus", "pairs"):
+        if getattr(reading, argument) is not None:
+            raise ValueError(f"`{argument}` {getattr(reading, argument)!r} is for `--task embeddings` alone: leave it out.")
     source = find_source(name, data_dir)
     load = LOADERS.get(reading.task or kind_of(source), _load_labelled)
     return load(source, reading, sizes)

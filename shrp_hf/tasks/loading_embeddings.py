@@ -7,12 +7,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from shrp_hf.tasks.columns import SHORT_TEXT_COLUMNS, TEXT_COLUMNS, Reading, find_column, find_columns
+from shrp_hf.tasks.columns import PAIR_COLUMNS, SHORT_TEXT_COLUMNS, TEXT_COLUMNS, Reading, find_column, find_columns
 from shrp_hf.tasks.embeddings import AGREEMENT_METRICS, RETRIEVAL_METRICS, SIMILARITY_METRICS
 from shrp_hf.tasks.files import SUFFIXES, Table, read_file, read_texts
 from shrp_hf.tasks.kinds import EMBEDDINGS
 from shrp_hf.tasks.labels import as_number
-from shrp_hf.tasks.sources import canonical, find_source
+from shrp_hf.tasks.sources import canonical, find_source, places
 from shrp_hf.tasks.splits import MOST_REPORTED, REPORTED_SHARE, Sizes, cut_by_text, sample
 from shrp_hf.tasks.task import Task
 
@@ -71,6 +71,10 @@ def load_embeddings(name: str | None, data_dir: str | Path | None, reading: Read
     if reading.corpus is not None:
         texts, left_out = _without(texts, test)
         more += left_out
+    pairs = None
+    if reading.pairs is not None:
+        pairs, left_out = _partners(Path(reading.pairs).expanduser(), test)
+        more += left_out
     kept, chosen = cut_by_text(texts, min(sizes.max_validation, max(2, len(texts) // 10)), sizes.seed)
     train = [texts[row] for row in sample(kept, sizes.max_train, sizes.seed)]
     return Task(
@@ -83,13 +87,13 @@ def load_embeddings(name: str | None, data_dir: str | Path | None, reading: Read
         reported=reported,
         kind_name=EMBEDDINGS.name,
         notes=(*notes, *more),
+        pairs=pairs,
     )
 
 
 def _without(texts: list[str], test: Dataset) -> tuple[list[str], list[str]]:
-    """Drops the texts that people judged: pairs, and queries; documents are what a collection is given to be searched."""
-    roles = test["role"] if "role" in test.column_names else [""] * len(test)
-    judged = {text for text, role in zip(test["text"], roles, strict=True) if role != "document"}
+    """Drops the texts that are reported on."""
+    judged = _reported(test)
     fresh = [text for text in texts if text not in judged]
     if len(fresh) == len(texts):
         return texts, []
@@ -98,6 +102,36 @@ def _without(texts: list[str], test: Dataset) -> tuple[list[str], list[str]]:
             f"All but {len(fresh)} texts of `corpus` are also those that are reported on: give others to learn from."
         )
     return fresh, [f"{len(texts) - len(fresh):,} texts of the corpus are also judged ones and were left out"]
+
+
+def _reported(test: Dataset) -> set[str]:
+    """The texts that are reported on: pairs, and queries; documents are what a collection is given to be searched."""
+    roles = test["role"] if "role" in test.column_names else [""] * len(test)
+    return {text for text, role in zip(test["text"], roles, strict=True) if role != "document"}
+
+
+def _partners(path: Path, test: Dataset) -> tuple[Dataset, list[str]]:
+    """Texts that belong together, each pair once, those that are reported on left out."""
+    if not path.is_file():
+        raise ValueError(f"`pairs` {str(path)!r} is no file.")
+    table = read_file(path, raw_quotes=True)
+    names = list(table.columns)
+    columns = next((found for pair in PAIR_COLUMNS if all(found := [find_column(names, name) for name in pair])), None)
+    if columns is None:
+        raise ValueError(f"{table.source} must have two columns of texts, such as anchor and positive, got {names}.")
+    for column in columns:
+        wrong = [row for row, text in enumerate(table.columns[column]) if not (isinstance(text, str) and text.strip())]
+        if wrong:
+            raise ValueError(f"{places(table, wrong)}: column {column!r} must hold text in every row.")
+    reported = _reported(test)
+    whole = list(dict.fromkeys(zip(*(table.columns[column] for column in columns), strict=True)))
+    fresh = [pair for pair in whole if not reported & {*pair}]
+    if len(fresh) < 2:
+        raise ValueError(f"{table.source} must hold at least 2 different pairs that are not reported on, got {len(fresh)}.")
+    first, second = zip(*fresh, strict=True)
+    left_out = f", {len(whole) - len(fresh):,} that are reported on left out" if len(fresh) < len(whole) else ""
+    rows = Dataset.from_dict({"text": list(first), "text_pair": list(second)})
+    return rows, [f"{len(fresh):,} pairs of {path.name} end a recovery{left_out}"]
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path | None:

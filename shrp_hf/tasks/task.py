@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from shrp_hf.lengths import fitting_length
+from shrp_hf.outputs import PAIRS
 from shrp_hf.tasks.kind import Baseline, Kind
 from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, REGRESSION
 from shrp_hf.tasks.sources import TASK_NAMES
@@ -51,6 +52,7 @@ class Task:
         reported: Where the reported rows come from, for tables and cards.
         kind_name: Its kind, a name in `KINDS`; empty: a classification if it has `label_names`, else a regression.
         notes: What is worth saying about how its rows were read.
+        pairs: Embeddings: texts that belong together (`text`, `text_pair`), on which a recovery ends; None: none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     reported: str
     kind_name: str = ""
     notes: tuple[str, ...] = ()
+    pairs: Dataset | None = None
 
     @property
     def kind(self) -> Kind:
@@ -120,7 +123,7 @@ class Task:
 
         Returns:
             The splits "train", "validation" and "test", with the tokenizer's columns, `label` where there are labels, and
-            `judged` where the kind judges by more.
+            `judged` where the kind judges by more; and "pairs" where there are some.
 
         Raises:
             ValueError: `max_length` leaves no room for a token of text, or tokenizer or model do not suit the kind.
@@ -130,6 +133,8 @@ class Task:
         if length <= special:
             raise ValueError(f"`max_length` must exceed the {special} special tokens of a sequence, got {max_length}.")
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        if self.pairs is not None:
+            splits[PAIRS] = self.pairs
         encode = self.kind.encode
         return DatasetDict({split: encode(rows, tokenizer, length, model, split) for split, rows in splits.items()})
 
@@ -166,7 +171,7 @@ class Task:
         if self.name in TASK_NAMES:
             return known
         digest = hashlib.sha256(repr(self.label_names).encode())
-        for split in (self.train, self.validation, self.test):
+        for split in filter(None, (self.train, self.validation, self.test, self.pairs)):
             for row in split:
                 digest.update(repr(sorted(row.items())).encode())
         return {**known, "rows": digest.hexdigest()[:16]}
