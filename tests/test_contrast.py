@@ -23,13 +23,10 @@ def made(tmp_path_factory):
     """An embedding model with a collection, and pairs of which two are queries of the collection."""
     folder = tmp_path_factory.mktemp("embeddings")
     found = make("embeddings", folder)
-    queries = [
-        json.loads(line)["text"] for line in (folder / "search" / "queries.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    rows = [
-        {"anchor": f"{PEOPLE[i % 3]} {WORDS[i % 12]} {i % 10}", "positive": f"{PLACES[i % 3]} is {WORDS[i % 5]}"}
-        for i in range(24)
-    ]
+    lines = (folder / "search" / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+    queries = [json.loads(line)["text"] for line in lines]
+    texts = [(f"{PEOPLE[i % 3]} {WORDS[i % 12]} {i % 10}", f"{PLACES[i % 3]} is {WORDS[i % 5]}") for i in range(24)]
+    rows = [{"anchor": anchor, "positive": positive} for anchor, positive in texts]
     rows += [rows[0], {"anchor": queries[0], "positive": "a story"}, {"anchor": "war", "positive": queries[1]}]
     (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return found, str(folder / "pairs.jsonl")
@@ -45,7 +42,8 @@ def test_a_text_tells_its_partner_from_those_of_others():
     assert float(contrastive_loss(vectors[:2])) == 0.0
 
 
-def test_a_recovery_ends_on_the_pairs(made, tmp_path):
+def test_a_recovery_ends_on_the_pairs(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("shrp_hf.recipes.LEARNING_RATE", 1e-2)  # three steps, all of them of the warm-up
     found, pairs = made
     task = load_task(found.options[1], reading=Reading(pairs=pairs, task="embeddings"))
     assert "24 pairs of pairs.jsonl end a recovery, 2 that are reported on left out" in task.describe()
