@@ -8,12 +8,10 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from shrp_hf.numerics import FiniteTrainer
-from shrp_hf.outputs import vectors_of
+from shrp_hf.outputs import POSITIVE, vectors_of
 
 EPOCHS, LEARNING_RATE = 1.0, 2e-5
 SCALE = 20.0  # of cosines, as sentence-transformers' MultipleNegativesRankingLoss has it
-POSITIVE = "positive_ids"
-"""The column with the tokens of the text that belongs to a row's own."""
 
 
 class PairTrainer(FiniteTrainer):

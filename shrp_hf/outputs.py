@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -25,8 +24,8 @@ IGNORED = -100
 """The label of a token that is in no loss."""
 JUDGED = "judged"
 """A column of tokenised rows by which an answer is judged; no input of a model."""
-PAIRS = "pairs"
-"""The split with texts that belong together, beside those of a task."""
+PAIRS, POSITIVE = "pairs", "positive_ids"
+"""The split with texts that belong together, beside those of a task; in it, the column with the tokens of a text's partner."""
 EMBEDDING = "sentence_embedding"
 """Field in the config of an embedding model: how its tokens become a vector, and what else its SentenceTransformer says."""
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens")
@@ -136,8 +135,8 @@ def probe_loss(vectors: torch.Tensor, seed: int) -> torch.Tensor:
     return (vectors * directions.to(vectors)).sum(dim=-1).mean()
 
 
-def answers_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> list[np.ndarray]:
-    """What a model says of each row of a batch, in float32: logits, logits of each real token, or a sentence's vector.
+def answers_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """What a model says of each row of a batch: logits, logits of each real token, or a sentence's vector; float32, on the CPU.
 
     Vectors are as they are compared: of length 1, unless the model's similarity is the dot product.
 
@@ -152,10 +151,10 @@ def answers_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Ten
     vectors = vectors_of(model, outputs, attention_mask)
     if vectors is not None:
         vectors = vectors if embedding_of(model)["similarity"] == "dot" else functional.normalize(vectors, dim=-1)
-        return list(vectors.float().cpu().numpy())
+        return list(vectors.float().cpu())
     if outputs.get("logits") is None:
         raise ValueError(f"`{type(model).__name__}` gives {list(outputs)}, no logits: open it with the head of its task.")
-    rows: Sequence[np.ndarray] = outputs["logits"].float().cpu().numpy()
+    rows = outputs["logits"].float().cpu()
     if not predicts_per_token(model) or attention_mask is None:
         return list(rows)
-    return [row[mask] for row, mask in zip(rows, attention_mask.cpu().numpy() == 1, strict=True)]
+    return [row[mask] for row, mask in zip(rows, attention_mask.cpu() == 1, strict=True)]

@@ -53,7 +53,8 @@ def predict_on(
     with torch.inference_mode():
         for batch in batches:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-            found += answers_of(model, model(**inputs), inputs.get("attention_mask"))
+            said = answers_of(model, model(**inputs), inputs.get("attention_mask"))
+            found += [answer.numpy() for answer in said]
     model.train(was_training)
     answers = [found[place] for place in np.argsort(order)]
     judged = rows[JUDGED][:] if JUDGED in rows.column_names else np.asarray(rows["label"])

@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shrp_hf.contrast import POSITIVE
-from shrp_hf.outputs import EMBEDDING, JUDGED, PAIRS, answers_of, embedding_of
+from shrp_hf.outputs import EMBEDDING, JUDGED, PAIRS, POSITIVE, answers_of, embedding_of
 from shrp_hf.tasks.kind import NEEDS_METRICS, Baseline, Kind, check_finite, draws
 from shrp_hf.tasks.ranked import MEASURES, per_query, resampled_means
 from shrp_hf.tasks.sentence_folder import plain_embedding, read_sentence_folder
@@ -176,7 +175,7 @@ def _embedded(model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokeni
             chosen = order[start : start + _BATCH_SIZE]
             batch = tokenizer.pad([rows[row] for row in chosen], return_tensors="pt").to(model.device)
             for row, vector in zip(chosen, answers_of(model, model(**batch), batch["attention_mask"]), strict=True):
-                vectors[row] = vector
+                vectors[row] = vector.numpy()
     model.train(was_training)
     return vectors
 
