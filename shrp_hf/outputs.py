@@ -136,7 +136,7 @@ def probe_loss(vectors: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def answers_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """What a model says of each row of a batch: logits, logits of each real token, or a sentence's vector; float32, on the CPU.
+    """What a model says of each row of a batch: logits, logits of each real token, or a sentence's vector; in float32.
 
     Vectors are as they are compared: of length 1, unless the model's similarity is the dot product.
 

@@ -120,7 +120,7 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
     correct = (round(blind.metrics["accuracy"] * total), total) if "accuracy" in blind.metrics else None
     timing = rows[0].timing
     where = f"{timing.num_threads} CPU threads" if timing.device == "cpu" else timing.device
-    count = f"{len(task.test)} rows" if task.num_reported == total else f"{task.num_reported} {task.kind.unit}"
+    count = f"{len(task.test)} rows" if task.num_reported == total else f"{task.num_reported} {task.kind.unit(task.test)}"
     return f"""{report_table(rows, (blind.name, correct))}
 
 FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {where}, one run, median

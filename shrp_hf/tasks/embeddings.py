@@ -39,7 +39,6 @@ class Embeddings(Kind):
     auto: ClassVar[str] = "AutoModel"
     metric_names: ClassVar[tuple[str, ...]] = AGREEMENT_METRICS
     held_out_metric: ClassVar[str] = AGREEMENT_METRICS[0]
-    unit: ClassVar[str] = "texts, pairs or queries"
     is_continuous: ClassVar[bool] = True
     is_tuned: ClassVar[bool] = False
 
@@ -101,6 +100,12 @@ class Embeddings(Kind):
     def count(self, rows: Dataset) -> int:
         """Pairs, queries, or texts."""
         return len(rows) if JUDGED not in rows.column_names else len(_units(rows[JUDGED]))
+
+    def unit(self, rows: Dataset) -> str:
+        """Pairs, queries, or texts."""
+        if JUDGED not in rows.column_names:
+            return "texts"
+        return "pairs" if "score" in rows[0][JUDGED] else "queries"
 
     def decide(self, prediction: EvalPrediction, label_names: Sequence[str]) -> np.ndarray:
         """Returns the best document of each query, the similarity of each pair, or those of held-out texts."""

@@ -48,7 +48,6 @@ class Kind(ABC):
         problem_type: The value of `problem_type` in a Transformers config; None where its head has one meaning.
         metric_names: What it is judged by, the headline first.
         held_out_metric: What candidates are chosen by, where held-out rows are judged by another metric; empty: the headline.
-        unit: What is counted on the reported rows.
         has_classes: Whether a row has one class, which selectors that tell classes apart need.
         is_continuous: Whether an answer is a number, equal to another where it is close.
         is_tuned: Whether there are labels to fine-tune a dense model on.
@@ -59,7 +58,6 @@ class Kind(ABC):
     problem_type: ClassVar[str | None] = None
     metric_names: ClassVar[tuple[str, ...]]
     held_out_metric: ClassVar[str] = ""
-    unit: ClassVar[str] = "rows"
     has_classes: ClassVar[bool] = False
     is_continuous: ClassVar[bool] = False
     is_tuned: ClassVar[bool] = True
@@ -153,6 +151,10 @@ class Kind(ABC):
     def count(self, rows: Dataset) -> int:
         """Returns how many units (`unit`) a metric over `rows` is computed over."""
         return len(rows)
+
+    def unit(self, rows: Dataset) -> str:
+        """Returns what is counted, in the plural."""
+        return "rows"
 
     @abstractmethod
     def decide(self, prediction: EvalPrediction, label_names: Sequence[str]) -> np.ndarray:

@@ -22,7 +22,6 @@ class Ranking(Kind):
     name: ClassVar[str] = "ranking"
     problem_type: ClassVar[str | None] = MULTI_LABEL  # of one label: binary cross-entropy, as CrossEncoder trains
     metric_names: ClassVar[tuple[str, ...]] = ("map", "mrr", "ndcg@10")
-    unit: ClassVar[str] = "queries"
 
     def open(self, name: str, **fields: Any) -> tuple[PreTrainedModel, list[str]]:
         """Opens a cross-encoder, whose config seldom says that its score is a probability's logit."""
@@ -40,6 +39,10 @@ class Ranking(Kind):
     def count(self, rows: Dataset) -> int:
         """Queries."""
         return len({*rows["query"]})
+
+    def unit(self, rows: Dataset) -> str:
+        """Queries."""
+        return "queries"
 
     def decide(self, prediction: EvalPrediction, label_names: Sequence[str]) -> np.ndarray:
         """Returns the row of the best candidate of each query."""

@@ -187,7 +187,7 @@ class Task:
 
     def _counted(self) -> str:
         rows, units = len(self.test), self.num_reported
-        return f"{rows:,}" if rows == units else f"{units:,} {self.kind.unit} ({rows:,} rows)"
+        return f"{rows:,}" if rows == units else f"{units:,} {self.kind.unit(self.test)} ({rows:,} rows)"
 
     def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
         """Judges several models on rows drawn again and again with replacement, the same rows for all of them.

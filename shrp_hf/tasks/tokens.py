@@ -30,7 +30,6 @@ class Tokens(Kind):
     name: ClassVar[str] = "tokens"
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     metric_names: ClassVar[tuple[str, ...]] = ("entity_f1", "entity_precision", "entity_recall")
-    unit: ClassVar[str] = "sentences"
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, model: Any, split: str) -> Dataset:
         """As `Kind.encode`; `label` has a tag for each first sub-word and -100 elsewhere.
@@ -74,6 +73,10 @@ class Tokens(Kind):
     def texts(self, rows: Dataset) -> list[str | tuple[str, ...]]:
         """The words of each row, divided by spaces."""
         return [" ".join(words) for words in rows["tokens"]]
+
+    def unit(self, rows: Dataset) -> str:
+        """Sentences."""
+        return "sentences"
 
     def decide(self, prediction: EvalPrediction, label_names: Sequence[str]) -> np.ndarray:
         """Returns the index of each word's tag, all words of all sentences in one row."""
