@@ -167,6 +167,7 @@ def test_compare_sets_structures_side_by_side(kind, made, tmp_path):
     assert next(iter(cells["his"]["held_out"])) == task.chosen_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "embeddings"])
 def test_train_converts_to_experts(kind, made, tmp_path):
     words = ["--dense-epochs", "1" if kind == "tokens" else "0", "--num-expert-layers", "1", "--recovery-epochs", "1"]
