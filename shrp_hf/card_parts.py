@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
+from shrp_hf.files import written_whole
+
 PIPELINES = {
     "AutoModel": "feature-extraction",
     "AutoModelForImageClassification": "image-classification",
@@ -52,6 +54,20 @@ def loading_section(auto_class: str, *, has_code: bool, embeds: bool = False, na
     if has_code:
         text += f"\n\nWithout it, by the code that lies beside the weights:\n\n{snippet(False)}"
     return text
+
+
+def insert_loading_section(path: Path, model: PreTrainedModel, name: str) -> None:
+    """Puts `loading_section` into a card that Trainer has written.
+
+    Args:
+        path: The card.
+        model: The Shrp model that lies beside it, with its code.
+        name: Where it is.
+    """
+    section = loading_section(auto_class_of(model), has_code=True, name=name)
+    head, mark, rest = path.read_text(encoding="utf-8").partition("\n## Model description")
+    with written_whole(path) as partial:
+        partial.write_text(f"{head}\n{section}\n{mark}{rest}", encoding="utf-8")
 
 
 def license_of(model_name: str) -> str | None:

@@ -21,6 +21,7 @@ from shrp_hf import KeepPlan, cli, prune_heads
 from shrp_hf.models.modeling_shrp_bert import ShrpBertForSequenceClassification
 from shrp_hf.workflows.compress import Compression
 from tests.markdown_code import PAGES, ROOT, Block, blocks_of, check_command, commands_of
+from tests.task_kinds import make
 from tests.test_compress import flop_time
 from tests.tiny import tiny_bert
 from tests.toy_family import forgotten_afterwards
@@ -50,6 +51,20 @@ def stand_ins(tmp_path_factory):
     tokenizer = BertTokenizer(vocab=str(root / "vocab.txt"), model_max_length=40)
     lines = [f"{text},{('bad', 'good')[row % 2]}" for row, text in enumerate(rows(60)["sentence"])]
     (root / "reviews.csv").write_text("\n".join(["Review,Sentiment", *lines]) + "\n", encoding="utf-8")
+
+    for kind, name, data in (
+        ("tokens", "tagger", "names"),
+        ("ranking", "cross-encoder", "answers"),
+        ("embeddings", "embedder", "search"),
+    ):
+        (root / "made" / kind).mkdir(parents=True)
+        made = make(kind, root / "made" / kind)
+        shutil.copytree(made.model, root / "org" / name)
+        shutil.copytree(made.options[1], root / data)
+    texts = [json.dumps({"text": f"{text} {row}"}) for row, text in enumerate(rows(40)["sentence"])]
+    (root / "texts.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    pairs = [f"{text},the film {row},{row % 5}" for row, text in enumerate(rows(20)["sentence"])]
+    (root / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *pairs]) + "\n", encoding="utf-8")
 
     def save(model, *names):
         for name in names:
@@ -141,7 +156,7 @@ def test_python_blocks_run(page, page_folder):
 def data_from_the_hub(monkeypatch):
     """Tiny data sets in the place of those that a command line would fetch or gather."""
     splits = {"train": Dataset.from_dict(rows(60)), "validation": Dataset.from_dict(rows(12, seed=1))}
-    monkeypatch.setattr("shrp_hf.tasks.loading.read_hub", lambda *names: splits)
+    monkeypatch.setattr("shrp_hf.tasks.sources.read_hub", lambda *names: splits)
 
     def docstrings(**kwargs):
         data = {name: rows(count, NUM_CLASSES, seed) for seed, (name, count) in enumerate(SIZES.items())}

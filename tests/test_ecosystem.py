@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from shrp_hf import KeepPlan, ShrpBertModel, masked_heads, prune_heads, to_shrp
+from shrp_hf.structures import keep_layers
 from tests.test_pipelines import NOT_INSTALLED, TEXTS, tokenizer_for
 from tests.tiny import assert_near, batch, force_experts_, tiny_bert, tiny_routed
 
@@ -103,3 +105,37 @@ def test_embeddings_of_a_pruned_encoder_are_those_of_the_whole_one(kind, tmp_pat
     assert run.returncode == 0, run.stderr
     found = np.array(json.loads((tmp_path / "found.json").read_text(encoding="utf-8")))
     assert_near(found, expected)
+
+
+STRUCTURES = {
+    "heads": lambda stock: prune_heads(stock, HEADS),
+    "thin": lambda stock: prune_heads(stock, KeepPlan(((0,), (1, 2), (3,)), 4, (tuple(range(8)),) * 3, 64)),
+    "experts": lambda stock: prune_heads(tiny_routed(2, head=ShrpBertModel), KeepPlan((ALL, (2,), (0, 3)), 4)),
+    "layers": lambda stock: keep_layers(stock, [0, 2]),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_sentence_transformer_trainer_trains_every_structure(structure, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        losses,
+    )
+
+    encoder = sentence_encoder(STRUCTURES[structure](tiny_bert(BertModel)), tmp_path)
+    before = encoder.encode(TEXTS)
+    pairs = Dataset.from_dict(
+        {"anchor": [f"w{i} w{i + 1}" for i in range(5, 21)], "positive": [f"w{i} w9" for i in range(5, 21)]}
+    )
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path / "checkpoints"), max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    loss = losses.MultipleNegativesRankingLoss(encoder)
+    SentenceTransformerTrainer(model=encoder, args=args, train_dataset=pairs, loss=loss).train()
+    after = encoder.encode(TEXTS)
+    assert np.abs(after - before).max() > 1e-3
+    encoder.save(str(tmp_path / "trained"))
+    assert_near(SentenceTransformer(str(tmp_path / "trained"), device="cpu").encode(TEXTS), after)

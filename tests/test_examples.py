@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, BertModel, BertTokenizer, pipeline
 
+from tests.task_kinds import make
 from tests.tiny import tiny_bert
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -60,7 +61,7 @@ def answers(folder):
 def test_every_example_has_a_test_and_a_line_in_the_readme():
     source = Path(__file__).read_text(encoding="utf-8")
     readme = (EXAMPLES[0].parent / "README.md").read_text(encoding="utf-8")
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     for path in EXAMPLES:
         assert f'run("{path.name}"' in source
         assert f"- `{path.name}`" in readme
@@ -128,3 +129,17 @@ def test_prune_embeddings(folder):
     text = run("prune_embeddings.py", folder, *words, "--num-expert-layers", "1", "--recovery-epochs", "1")
     assert "Spearman" in text
     assert SentenceTransformer(str(folder / "out")).encode(["the film"]).shape == (1, HIDDEN_SIZE)
+
+
+@pytest.mark.slow
+def test_search_and_rerank(tmp_path):
+    for kind in ("embeddings", "ranking"):
+        (tmp_path / kind).mkdir()
+        make(kind, tmp_path / kind)
+    models = ["--bi-encoders", *["embeddings/model"] * 2, "--cross-encoders", *["ranking/model"] * 2]
+    text = run("search_and_rerank.py", tmp_path, "--collection", "embeddings/search", *models, "--rerank", "5")
+    original, again = text.strip().splitlines()[-2:]
+    assert text.startswith("40 documents, 8 queries, 5 documents of each reranked")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (original, again)]
+    assert [cells[0][i] for i in (0, 3, 5)] == [cells[1][i] for i in (0, 3, 5)]  # the same models find the same
+    assert all(0 < float(cells[0][i]) <= 1 for i in (3, 5))

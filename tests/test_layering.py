@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
 ROWS = (
-    ("_version", "defaults", "files", "card_parts"),
-    ("plans",),
+    ("_version", "defaults", "files"),
+    ("plans", "card_parts"),
     ("models", "numerics"),
     ("families",),
     ("scoring", "pruning", "checkpoints"),

@@ -310,7 +310,7 @@ def test_columns_are_named_whatever_their_case(tmp_path):
     assert "each column can be one thing" in refused(name, Reading("left", label_column="left"))
     with pytest.raises(ValueError, match="`text_pair_column` 'right' needs `text_column`"):
         Reading(text_pair_column="right")
-    with pytest.raises(ValueError, match="`task` must be one of classification, multilabel, regression, got 'ner'"):
+    with pytest.raises(ValueError, match="`task` must be one of classification, .*embeddings, got 'ner'"):
         Reading(task="ner")
 
 

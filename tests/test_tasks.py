@@ -431,7 +431,7 @@ def test_local_metrics_are_evaluate_modules():
 
 
 def test_logits_of_another_head_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(4, 3\) for task 'toy', got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) for this task, got \(4, 2\)"):
         toy_task(3).compute_metrics(EvalPrediction(predictions=np.zeros((4, 2)), label_ids=np.zeros(4, int)))
 
 

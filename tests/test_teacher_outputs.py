@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertForTokenClassification, BertTokenizer, DataCollatorWithPadding
+from transformers import BertForQuestionAnswering, BertTokenizer, DataCollatorWithPadding
 
 from shrp_hf.pruning import to_shrp
 from shrp_hf.training import teacher_outputs
@@ -148,6 +148,6 @@ def test_what_stored_outputs_cannot_do_is_refused(tmp_path, tokenizer, rows, tea
     tokenizer.padding_side = "left"
     with pytest.raises(ValueError, match="^`collator` pads on the left"):
         compute(teacher, rows, tokenizer, tmp_path / "left")
-    tagger = tiny_bert(BertForTokenClassification)
-    with pytest.raises(ValueError, match="^`teacher` BertForTokenClassification cannot be stored"):
-        compute(tagger, rows, tokenizer, tmp_path)
+    answering = tiny_bert(BertForQuestionAnswering)
+    with pytest.raises(ValueError, match="^`teacher` BertForQuestionAnswering cannot be stored"):
+        compute(answering, rows, tokenizer, tmp_path)

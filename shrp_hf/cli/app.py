@@ -17,10 +17,14 @@ console = Console()
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id or directory of a model.")]
 DatasetOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="docstrings, a GLUE task, sst5, a file or directory of files (CSV, TSV, JSON Lines, Parquet), or a Hub data set."
+        help="docstrings, a GLUE task, sst5, a file or directory of files (CSV, TSV, JSON Lines, Parquet, CoNLL, or BEIR's "
+        "layout), or a Hub data set."
     ),
+]
+CorpusOption = Annotated[
+    str | None, typer.Option(help="Embeddings: file or directory of texts to learn from, without labels.")
 ]
 DataDirOption = Annotated[Path | None, typer.Option(help="Directory with the task's files, read instead of the Hub.")]
 TextColumnOption = Annotated[str | None, typer.Option(help="Column of the text; default: found by its name.")]
@@ -28,9 +32,12 @@ TextPairColumnOption = Annotated[str | None, typer.Option(help="Column of the se
 LabelColumnOption = Annotated[
     str | None, typer.Option(help="Column of the label, or one of 0 and 1 for each label: a,b,c; default: found by its name.")
 ]
+PairsOption = Annotated[
+    str | None, typer.Option(help="Embeddings: file of texts that belong together, on which a recovery ends.")
+]
 TaskOption = Annotated[
-    Literal["classification", "multilabel", "regression"] | None,
-    typer.Option(help="Kind of task, where the labels do not say."),
+    Literal["classification", "multilabel", "regression", "tokens", "ranking", "embeddings"] | None,
+    typer.Option(help="Kind of task, where the data do not say."),
 ]
 FORCE_HELP = "Go on with a dense model that is no better than the majority class."
 OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
@@ -91,20 +98,25 @@ def list_option(parse: Callable[[str], Any], help: str, meaning: str = "") -> An
     return typer.Option(parser=parse_all, help=help, metavar="LIST")
 
 
-def read_task(model: str | None, dataset: str, data_dir: Path | None, reading: "Reading", **sizes: Any) -> "Task":
+def read_task(model: str | None, dataset: str | None, data_dir: Path | None, reading: "Reading", **sizes: Any) -> "Task":
     """Reads the data of a command, with labels in the order of its fine-tuned model, and says what was understood.
 
     Args:
         model: The model; None for one that is still to be fine-tuned.
-        dataset: Value of `--dataset`.
+        dataset: Value of `--dataset`; None where embeddings learn from `--corpus` alone.
         data_dir: Value of `--data-dir`.
-        reading: Values of `--text-column`, `--text-pair-column`, `--label-column` and `--task`.
+        reading: Values of `--text-column`, `--text-pair-column`, `--label-column`, `--task`, `--corpus` and `--pairs`.
         **sizes: Other arguments of `load_task`.
+
+    Raises:
+        ValueError: There is neither a data set nor a corpus, or see `load_task`.
     """
     from shrp_hf.tasks import label_names_of, load_task
 
+    if dataset is None and reading.corpus is None:
+        raise ValueError("Give `--dataset`, or for `--task embeddings` texts to learn from by `--corpus`.")
     names = () if model is None else label_names_of(model)
-    task = load_task(dataset, data_dir, replace(reading, label_names=names), **sizes)
+    task = load_task(dataset or "", data_dir, replace(reading, label_names=names), **sizes)
     say_task(task)
     return task
 

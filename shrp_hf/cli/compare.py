@@ -14,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shrp_hf.cli.app import (
     EXPERT_SELECTOR_HELP,
     FORCE_HELP,
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     TaskOption,
     TextColumnOption,
     TextPairColumnOption,
@@ -53,13 +55,15 @@ def _alpha(text: str) -> float | None:
 @app.command()
 def compare(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     selectors: Annotated[
         Any, list_option(str, "hies, his, entropy, cahp, cahp-direct, magnitude, random, dsp, dsp-pipelined.")
     ] = "",
@@ -152,7 +156,7 @@ def compare(
     console = Console(file=sys.stdout)
     errors = {}
     if not report_only:
-        reading = Reading(text_column, text_pair_column, label_column, task)
+        reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
         data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=split_seed, max_train=max_train)
         comparison = Comparison(settings, grid, data, output, force=force)
         errors = _run(comparison, console)

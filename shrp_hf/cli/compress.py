@@ -8,12 +8,14 @@ from rich.markdown import Markdown
 from shrp_hf.cli.app import (
     FORCE_HELP,
     NOT_MET,
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     RecipeOption,
     SeedOption,
     TaskOption,
@@ -31,13 +33,15 @@ from shrp_hf.defaults import BATCH_SIZE, MAX_LENGTH, SEED
 @app.command()
 def compress(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     speedup: Annotated[float | None, typer.Option(help="Throughput to reach, as a multiple of the model's own.")] = None,
     keep_quality: Annotated[float | None, typer.Option(help="Share of the quality to keep, on held-out rows.")] = None,
     shape: Annotated[str, typer.Option(help="Sequences x tokens per call to measure speed at; 1x32: one query.")] = "8x128",
@@ -53,6 +57,7 @@ def compress(
     ] = None,
     max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = 6,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning first; 0: the model is fine-tuned on this task.")] = 0.0,
+    dense_learning_rate: Annotated[float, typer.Option(help="Learning rate of that fine-tuning.")] = 5e-5,
     recipe: RecipeOption = "default",
     expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Routers: epochs of balance a layer.")] = None,
@@ -100,13 +105,14 @@ def compress(
             recovery_epochs=recovery_epochs,
         ),
         dense_epochs=dense_epochs,
+        dense_learning_rate=dense_learning_rate,
         batch_size=batch_size,
         max_length=max_length,
         examples_per_epoch=examples_per_epoch,
         seed=seed,
         force=force,
     )
-    reading = Reading(text_column, text_pair_column, label_column, task)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     with one_bar_each(console) as bar:
         compression = Compression(model, data, output, options, bar=bar)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shrp_hf.cli.app import (
+    CorpusOption,
     DataDirOption,
     LabelColumnOption,
     ModelArgument,
@@ -49,6 +50,7 @@ def export(
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
     texts: Annotated[Path | None, typer.Option(help="Compare on the lines of this text file.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="int8-static: text file to find scales on; default: training rows of --dataset.")
@@ -73,23 +75,23 @@ def export(
     from shrp_hf.tasks.files import read_texts
     from shrp_hf.workflows.run_directory import check_output
 
-    if dataset is not None and texts is not None:
-        raise ValueError("Give one of `--dataset` and `--texts`, not both.")
+    if texts is not None and (dataset is not None or corpus is not None):
+        raise ValueError("Give one of `--dataset` (or `--corpus`) and `--texts`, not both.")
     if int8 and precision not in ("float32", "int8"):
         raise ValueError(f"Give one of `--int8` and `--precision {precision}`, not both.")
     given = {"data-dir": data_dir, "text-column": text_column, "text-pair-column": text_pair_column}
     given |= {"label-column": label_column, "task": task}
     for name, value in given.items():
-        if value is not None and dataset is None:
+        if value is not None and dataset is None and corpus is None:
             raise ValueError(f"`--{name} {value}` belongs to `--dataset`, which is missing.")
     options = ExportOptions(format, "int8" if int8 else precision, graph, opset, embeddings, min_agreement, force)
     check_output(output, [model])
     scaled = None if calibration is None else read_texts(calibration, "calibration")
     rows = ExportRows(None if texts is None else read_texts(texts), calibration=scaled)
-    if dataset is not None:
+    if dataset is not None or corpus is not None:
         from shrp_hf.workflows.export_rows import rows_of_task
 
-        reading = Reading(text_column, text_pair_column, label_column, task)
+        reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus)
         data = read_task(model, dataset, data_dir, reading, seed=seed, max_validation=512)
         rows = rows_of_task(data, options, scaled)
     loaded, tokenizer = load_for_export(model)

@@ -6,11 +6,13 @@ import typer
 from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
@@ -26,13 +28,15 @@ from shrp_hf.defaults import BATCH_SIZE, CALIBRATION_SAMPLES, MAX_LENGTH, MIN_HE
 @app.command()
 def prune(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     selector: Annotated[str, typer.Option(help="hies, his, entropy, cahp, cahp-direct, magnitude, random or usage.")] = "hies",
     keep: Annotated[float | None, typer.Option(help="Share of the heads that stay (with --neurons, of both).")] = None,
     heads: Annotated[int | None, typer.Option(help="Number of heads that stay.")] = None,
@@ -111,7 +115,7 @@ def prune(
         max_length=max_length,
         seed=seed,
     )
-    reading = Reading(text_column, text_pair_column, label_column, task)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     with one_bar_each(console) as bar:
         report = prune_posthoc(model, data, output, prune_options, say=lambda text: console.rule(text), bar=bar)

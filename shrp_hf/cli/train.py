@@ -8,12 +8,14 @@ import typer
 from rich.markdown import Markdown
 
 from shrp_hf.cli.app import (
+    CorpusOption,
     DataDirOption,
     DatasetOption,
     ExpertSelectorOption,
     LabelColumnOption,
     ModelArgument,
     OutputOption,
+    PairsOption,
     RecipeOption,
     SeedOption,
     TaskOption,
@@ -25,7 +27,7 @@ from shrp_hf.cli.app import (
     read_task,
     say_task,
 )
-from shrp_hf.defaults import BATCH_SIZE, DENSE_EPOCHS, KEEP_EXPERTS, MAX_LENGTH, SEED
+from shrp_hf.defaults import BATCH_SIZE, DENSE_EPOCHS, DENSE_LEARNING_RATE, KEEP_EXPERTS, MAX_LENGTH, SEED
 
 if TYPE_CHECKING:
     from shrp_hf.tasks import Task
@@ -46,16 +48,19 @@ costs a fifth."""
 @app.command()
 def train(
     model: ModelArgument,
-    dataset: DatasetOption,
     output: OutputOption,
+    dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     text_column: TextColumnOption = None,
     text_pair_column: TextPairColumnOption = None,
     label_column: LabelColumnOption = None,
     task: TaskOption = None,
+    corpus: CorpusOption = None,
+    pairs: PairsOption = None,
     num_expert_layers: Annotated[int | None, typer.Option(help="Layers to convert; default all but the first.")] = None,
     keep: Annotated[int, typer.Option(help="Experts that stay in each converted layer.")] = KEEP_EXPERTS,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning before; 0: the model is fine-tuned.")] = DENSE_EPOCHS,
+    dense_learning_rate: Annotated[float, typer.Option(help="Learning rate of that fine-tuning.")] = DENSE_LEARNING_RATE,
     recipe: RecipeOption = "default",
     expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Routers: epochs of balance a layer.")] = None,
@@ -83,7 +88,7 @@ def train(
     from shrp_hf.training.recipes import find_recipe
     from shrp_hf.workflows.train import WorkflowOptions
 
-    reading = Reading(text_column, text_pair_column, label_column, task)
+    reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
     workflow_options = WorkflowOptions(
         num_expert_layers=num_expert_layers,
@@ -98,6 +103,7 @@ def train(
             recovery_learning_rate=learning_rate,
         ),
         dense_epochs=dense_epochs,
+        dense_learning_rate=dense_learning_rate,
         batch_size=batch_size,
         max_length=max_length,
         examples_per_epoch=examples_per_epoch,

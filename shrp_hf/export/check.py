@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 
 from shrp_hf.export.options import Text
 from shrp_hf.models.lengths import num_positions
-from shrp_hf.models.outputs import MULTI_LABEL, REGRESSION, predicts_per_token, problem_type, task_head
+from shrp_hf.models.outputs import (
+    EMBEDDING,
+    MULTI_LABEL,
+    REGRESSION,
+    predicts_per_token,
+    problem_type,
+    task_head,
+    with_vectors,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -101,7 +109,7 @@ def torch_outputs(model: PreTrainedModel, names: Sequence[str], batches: Sequenc
         inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
         inputs = {name: values.double() if values.is_floating_point() else values for name, values in inputs.items()}
         with torch.inference_mode():
-            output = double(**inputs, return_dict=True)
+            output = with_vectors(double, double(**inputs, return_dict=True), inputs.get("attention_mask"))
         found.append({name: output[name].numpy() for name in names})
     return found
 
@@ -146,11 +154,14 @@ def agreement(
 
     Classes and spans: the share of equal predictions, over sequences or real tokens. Regression: 1 - sum of squared
     differences / sum of squared deviations from the mean (of each output), NaN where all predictions are one. A base model:
-    the mean cosine of its real tokens' vectors.
+    the mean cosine of its real tokens' vectors, of an embedding model that of its sentences'.
     """
     pairs = list(zip(batches, expected, found, strict=True))
+    if EMBEDDING in expected[0]:
+        return "mean cosine of sentence vectors", _mean([_cosine(e[EMBEDDING], f[EMBEDDING]) for _, e, f in pairs])
     if "last_hidden_state" in expected[0]:
-        return "mean cosine of token vectors", _mean([_cosine(b, e, f) for b, e, f in pairs])
+        sides = [(_real(b, e["last_hidden_state"]), _real(b, f["last_hidden_state"])) for b, e, f in pairs]
+        return "mean cosine of token vectors", _mean([_cosine(e, f) for e, f in sides])
     if "start_logits" in expected[0]:
         both = [np.equal(*(_span(x, b) for x in (e, f))).all(axis=-1) for b, e, f in pairs]
         return "equal spans", _mean(both)
@@ -183,7 +194,6 @@ def _span(outputs: Arrays, batch: Arrays) -> np.ndarray:
     return np.stack([score.argmax(axis=-1) for score in scores], axis=-1)
 
 
-def _cosine(batch: Arrays, expected: Arrays, found: Arrays) -> np.ndarray:
-    e, f = (_real(batch, x["last_hidden_state"]).astype(np.float64) for x in (expected, found))
-    e, f = (x.reshape(-1, x.shape[-1]) for x in (e, f))
+def _cosine(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    e, f = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (expected, found))
     return (e * f).sum(axis=-1) / np.maximum(np.linalg.norm(e, axis=-1) * np.linalg.norm(f, axis=-1), 1e-12)

@@ -16,12 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.models.expert_layer import ExpertLayer
+from shrp_hf.models.outputs import EMBEDDING, with_vectors
 
 OPSET = 20  # the first one with Gelu
 OPSETS = range(18, 24)  # what torch writes and the tests read
 ATTENTION = "shrp_onnx"
 PORTABLE_ATTENTION = "shrp_onnx_portable"
-OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+OUTPUTS = ("logits", "start_logits", "end_logits", EMBEDDING, "last_hidden_state", "pooler_output")
 _MASKED = float(torch.finfo(torch.float32).min)
 _Projections = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -164,7 +165,8 @@ class _Traced(nn.Module):
         handles = [layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for layer in self.layers]
         for layer in self.layers[-1:]:
             handles.append(layer.register_forward_hook(lambda _, inputs, output: states.append(_first(output))))
-        output = self.model(**dict(zip(self.input_names, tensors, strict=True)), return_dict=True)
+        inputs = dict(zip(self.input_names, tensors, strict=True))
+        output = with_vectors(self.model, self.model(**inputs, return_dict=True), inputs.get("attention_mask"))
         for handle in handles:
             handle.remove()
         return (*(output[name] for name in self.output_names), *states)

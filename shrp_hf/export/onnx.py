@@ -35,6 +35,7 @@ from shrp_hf.export.runtime import EXTRA, onnx_session, own_operators, time_in_t
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.families import head_layout
 from shrp_hf.files import remove_staged, writing_to
+from shrp_hf.models.outputs import with_vectors
 from shrp_hf.models.rebuilding import check_plain
 from shrp_hf.numerics import rounding_bound
 
@@ -323,7 +324,8 @@ def output_names(model: PreTrainedModel) -> list[str]:
         raise ValueError(f"Layers {pending} are still pending: finish the training, or call `finish_conversion_()`.")
     inputs = tracing_inputs(model, input_names(model))
     with torch.inference_mode():
-        output = model(**{k: v.to(model.device) for k, v in inputs.items()}, return_dict=True)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        output = with_vectors(model, model(**inputs, return_dict=True), inputs.get("attention_mask"))
     names = [name for name in OUTPUTS if output.get(name) is not None]
     if not names:
         raise ValueError(f"`{type(model).__name__}` returns {list(output)}, none of which can be exported: {OUTPUTS}.")

@@ -243,7 +243,7 @@ class RunRecord(_Checked):
             **fields: The fields that do not follow: `method`, `base_model`, `options`, `seeds`, ...
         """
         measured = [
-            Measured.of(row, rows[0], [Score.of(name, value, len(task.test)) for name, value in scores[row.name].items()])
+            Measured.of(row, rows[0], [Score.of(name, value, task.num_reported) for name, value in scores[row.name].items()])
             for row in rows
         ]
         timing = rows[0].timing

@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from shrp_hf.defaults import SERVED_SHAPE
 from shrp_hf.files import written_whole
 from shrp_hf.measuring import ModelReport, Timing, count_flops, count_parameters, measure_throughput, report_table
 from shrp_hf.models.lengths import num_positions
+from shrp_hf.models.outputs import JUDGED, answers_of, predicts_per_token
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, shown
+from shrp_hf.training.sampling import RowCollator
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,25 +28,36 @@ def write_text(path: Path, text: str) -> None:
 def predict_on(
     model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64
 ) -> EvalPrediction:
-    """Returns logits (rows, labels) and labels of tokenised rows, in their order; the model goes to a GPU if there is one.
+    """Returns what a model says of tokenised rows, in their order, and what judges it.
 
-    Rows of like length share a batch, so little is spent on padding.
+    The model goes to a GPU if there is one. Rows of like length share a batch, so little is spent on padding.
+
+    Args:
+        model: The model.
+        rows: From `Task.tokenize`.
+        tokenizer: Pads the batches.
+        batch_size: Rows of a batch.
+
+    Returns:
+        Logits (rows, labels), or vectors (rows, width); of a token classifier a list with the logits (tokens, labels) of each
+        row. Beside them the column `judged` where there is one, else the labels, an array.
     """
     model = model.to("cuda" if torch.cuda.is_available() else model.device)
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches = DataLoader(rows.select(order), batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    batches = DataLoader(rows.select(order), batch_size, collate_fn=RowCollator(tokenizer))
     was_training = model.training
     model.eval()
-    parts = []
+    found: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in batches:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-            parts.append(model(**inputs).logits.float().cpu())
+            said = answers_of(model, model(**inputs), inputs.get("attention_mask"))
+            found += [answer.numpy() for answer in said]
     model.train(was_training)
-    logits = torch.empty(len(order), parts[0].shape[-1])
-    logits[order] = torch.cat(parts)
-    return EvalPrediction(logits.numpy(), np.asarray(rows["label"]))
+    answers = [found[place] for place in np.argsort(order)]
+    judged = rows[JUDGED][:] if JUDGED in rows.column_names else np.asarray(rows["label"])
+    return EvalPrediction(answers if predicts_per_token(model) else np.stack(answers), judged)
 
 
 def evaluate_on(
@@ -106,13 +119,14 @@ def compare_models(rows: Sequence[ModelReport], scores: Mapping[str, Mapping[str
     correct = (round(blind.metrics["accuracy"] * total), total) if "accuracy" in blind.metrics else None
     timing = rows[0].timing
     where = f"{timing.num_threads} CPU threads" if timing.device == "cpu" else timing.device
+    count = f"{len(task.test)} rows" if task.num_reported == total else f"{task.num_reported} {task.kind.unit(task.test)}"
     return f"""{report_table(rows, (blind.name, correct))}
 
 FLOPs and throughput: batch {timing.batch_size} x {timing.length} tokens, {where}, one run, median
 over {len(timing.seconds)} rounds. Parameters in three conventions: a reduction of "encoder + pooler" is not one of the whole
 model, whose embeddings stay.
 
-Reported on {len(task.test)} rows ({task.reported}), which chose nothing:
+Reported on {count} ({task.reported}), which chose nothing:
 
 {metrics}
 """

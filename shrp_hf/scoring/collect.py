@@ -11,6 +11,7 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from shrp_hf.families import HeadLayout, head_layout
+from shrp_hf.models.outputs import probe_loss, vectors_of
 from shrp_hf.models.rebuilding import check_plain
 from shrp_hf.numerics import origin_of
 from shrp_hf.scoring.progress import Progress
@@ -32,7 +33,8 @@ def collect_head_stats(
     get the statistics of all. Sums are kept in float64 or exact integers whatever the model's precision.
 
     Args:
-        model: An encoder whose loss is the mean over samples or over labelled tokens.
+        model: An encoder whose loss is the mean over samples or over labelled tokens; or an embedding model, whose heads
+            matter by how far they move its vectors (`probe_loss`).
         batches: What a Transformers collator yields: mappings with `input_ids` or `pixel_values`, `attention_mask` and
             `labels`.
         request: What to measure.
@@ -145,7 +147,10 @@ def _score(
         _check_classes(model, index, batch)
     recorder.begin(index, batch, targets)
     with torch.inference_mode(False), torch.set_grad_enabled(bool(targets)):
-        loss = getattr(model(**batch, return_dict=True), "loss", None)
+        output = model(**batch, return_dict=True)
+        loss, vectors = getattr(output, "loss", None), vectors_of(model, output, batch.get("attention_mask"))
+        if targets and loss is None and vectors is not None:
+            loss = probe_loss(vectors, index)
         if loss is not None and not loss.isfinite():
             raise ValueError(
                 f"The loss of batch {index} is {loss.item()}: {origin_of(model, batch)}. Check that batch, or score in "

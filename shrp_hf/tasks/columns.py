@@ -14,6 +14,9 @@ PAIR_COLUMNS = (
     ("question", "sentence"),
     ("query", "passage"),
     ("query", "document"),
+    ("query", "positive"),
+    ("anchor", "positive"),
+    ("question", "answer"),
     ("text", "text_pair"),
     ("text1", "text2"),
     ("text_a", "text_b"),
@@ -39,6 +42,8 @@ class Reading:
         task: Kind of the task, a name in `KINDS`; None: found from the labels.
         label_names: Labels in the order of the model that is to be judged (`label_names_of`), which wins over
             the alphabetical one; empty for a model without names.
+        corpus: File or directory of texts without labels, which embeddings learn from.
+        pairs: File of texts that belong together, such as questions and answers, on which a recovery of embeddings ends.
 
     Raises:
         ValueError: The kind is unknown, or a second text is named without a first.
@@ -49,6 +54,8 @@ class Reading:
     label_column: str | None = None
     task: str | None = None
     label_names: tuple[str, ...] = ()
+    corpus: str | None = None
+    pairs: str | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in KINDS:

@@ -1,4 +1,4 @@
-"""Tables from files: CSV, TSV, JSON Lines, JSON, Parquet; what is wrong in one is named by file and line."""
+"""Tables from files: CSV, TSV, JSON Lines, JSON, Parquet, CoNLL; what is wrong in one is named by file and line."""
 
 import codecs
 import csv
@@ -16,7 +16,8 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet")
+CONLL = (".conll", ".bio", ".iob2")
+SUFFIXES = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet", *CONLL)
 """Endings of the files that are read."""
 _OTHER_DELIMITERS = (";", "\t", ",", "|")
 _LONGEST_FIELD = 2**31 - 1  # the csv module stops at 131,072 characters otherwise, which a document may have
@@ -34,6 +35,7 @@ class Table:
         class_names: Columns whose values are indices of named classes -> the names.
         notes: What was noticed while reading.
         parts: The tables that it was joined from, for messages; empty for a single one.
+        word_lines: Of a CoNLL file, the line of each word of each row.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -42,6 +44,7 @@ class Table:
     class_names: Mapping[str, tuple[str, ...]] | None = None
     notes: tuple[str, ...] = ()
     parts: tuple["Table", ...] = ()
+    word_lines: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -84,7 +87,8 @@ def read_file(path: Path, raw_quotes: bool = False) -> Table:
 
     Text is UTF-8, or UTF-16 with its mark. CSV has a header line and quotes as in RFC 4180; a file whose header
     has no comma is divided at its semicolons, tabs or bars. TSV files keep their quotes, as GLUE's do, unless the
-    rows fit their header only when quoted or a field holds doubled quotes.
+    rows fit their header only when quoted or a field holds doubled quotes. A CoNLL file has a word on each line, its tag in
+    the last column, and an empty line between sentences.
 
     Args:
         path: The file.
@@ -100,6 +104,8 @@ def read_file(path: Path, raw_quotes: bool = False) -> Table:
     if suffix not in SUFFIXES:
         raise ValueError(f"File {str(path)!r} must end in one of {', '.join(SUFFIXES)}.")
     text, notes = _decoded(path)
+    if suffix in CONLL:
+        return _read_conll(text, path, notes)
     if suffix in DELIMITERS:
         return _read_lines(text, path, raw_quotes, notes)
     return _read_json(text, path, notes)
@@ -231,6 +237,38 @@ def _is_quoted(text: str) -> bool:
     if len({len(row) for row in rows if row}) != 1:
         return False
     return not fits_raw or any(_DOUBLED_QUOTES.fullmatch(field) for fields in lines for field in fields)
+
+
+# --- words with tags ---
+
+
+def _read_conll(text: str, path: Path, notes: tuple[str, ...]) -> Table:
+    """Columns are divided by tabs, else by spaces; a sentence is a row, with lists of its `tokens` and `tags`."""
+    tokens: list[list[str]] = []
+    tags: list[list[str]] = []
+    lines: list[list[int]] = []
+    is_open = False
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.rstrip("\r")
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            is_open = False
+            continue
+        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
+            raise ValueError(
+                f"File {str(path)!r}, line {number}: expected a word and its tag, divided by a tab or spaces, got {line!r}."
+            )
+        if not is_open:
+            for part in (tokens, tags, lines):
+                part.append([])
+            is_open = True
+        tokens[-1].append(fields[0])
+        tags[-1].append(fields[-1].strip())
+        lines[-1].append(number)
+    if not tokens:
+        raise ValueError(f"File {str(path)!r} must hold at least one sentence, got none.")
+    begins = [row[0] for row in lines]
+    return Table({"tokens": tokens, "tags": tags}, f"File {str(path)!r}", begins, notes=notes, word_lines=lines)
 
 
 # --- JSON and Parquet ---

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
+from shrp_hf.tasks.kinds import CLASSIFICATION, LABEL_KINDS, MULTILABEL, REGRESSION, LabelKind
 
 UNLABELLED = -1
 """How GLUE marks the rows of its hidden test sets, and `datasets` those without a class. Elsewhere it is a class."""
@@ -29,7 +29,7 @@ class Labels:
         is_multi_hot: Whether a row of several labels is a 0 or 1 for each, rather than a list of those it has.
     """
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...]
     indices: tuple[int, ...] = ()
     range: tuple[float, float] = (-math.inf, math.inf)
@@ -156,7 +156,7 @@ def understand(raw: Sequence[Any], task: str | None, class_names: tuple[str, ...
         ValueError: The kind is not sure, there is one class only, or nearly as many as rows.
     """
     holds_lists = any(isinstance(label, list | tuple) for label in raw)
-    kind = KINDS[task] if task else MULTILABEL if holds_lists else None
+    kind = LABEL_KINDS[task] if task else MULTILABEL if holds_lists else None
     if holds_lists and kind is not MULTILABEL:
         raise ValueError(f"the labels are lists, which `--task {task}` does not have: leave it out, or give multilabel.")
     numbers = [] if holds_lists else [as_number(label) for label in raw if not isinstance(label, bool)]
@@ -213,7 +213,8 @@ def label_names_of(model_name: str) -> tuple[str, ...]:
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(model_name)
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    heads = ("ForSequenceClassification", "ForTokenClassification")
+    if not any(name.endswith(heads) for name in config.architectures or ()):
         return ()
     return tuple(str(config.id2label[index]) for index in range(config.num_labels)) if config.num_labels > 1 else ()
 
@@ -224,7 +225,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_SHOWN]) + more
 
 
-def _kind_of_numbers(numbers: list[Any]) -> Kind:
+def _kind_of_numbers(numbers: list[Any]) -> LabelKind:
     if all(isinstance(number, int) for number in numbers):
         return CLASSIFICATION
     if all(float(number).is_integer() for number in numbers):

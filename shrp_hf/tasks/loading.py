@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ from datasets import Dataset
 
 from shrp_hf.tasks.columns import Columns, Reading, find_column, find_columns
 from shrp_hf.tasks.docstrings import LIBRARIES, docstring_rows
-from shrp_hf.tasks.files import SUFFIXES, Table
-from shrp_hf.tasks.kinds import CLASSIFICATION, MULTILABEL, REGRESSION
+from shrp_hf.tasks.files import Table
+from shrp_hf.tasks.kinds import CLASSIFICATION, EMBEDDINGS, MULTILABEL, RANKING, REGRESSION, TOKENS
 from shrp_hf.tasks.labels import UNLABELLED, Labels, as_number, as_word, in_order_of, is_missing, understand
-from shrp_hf.tasks.sources import SPECS, SPLITS, TaskSpec, canonical, find_directory, read_hub, read_path
-from shrp_hf.tasks.splits import cut_by_text, cut_stratified, cut_whole_sentences, sample
+from shrp_hf.tasks.loading_embeddings import is_beir, load_embeddings
+from shrp_hf.tasks.loading_ranking import load_ranking
+from shrp_hf.tasks.loading_tokens import holds_tags, load_tokens
+from shrp_hf.tasks.sources import Source, TaskSpec, canonical, find_source, places
+from shrp_hf.tasks.splits import MOST_REPORTED, REPORTED_SHARE, Sizes, cut_by_text, cut_stratified, cut_whole_sentences, sample
 from shrp_hf.tasks.task import Task
 
-_REPORTED_SHARE, _MOST_REPORTED = 5, 2000  # where no test rows come along: a fifth, or so many
-_MOST_NAMED = 3  # rows that a message names
 _MOST_WORDS = 10  # a tenth of the labels: what is not a number among numbers
 
 
@@ -31,7 +31,7 @@ def load_task(
     max_train: int | None = None,
     max_validation: int = 1000,
 ) -> Task:
-    """Loads a task: its rows, what their labels mean, and three splits that share no text.
+    """Loads a task: its kind, its rows, what their labels mean, and three splits that share no text.
 
     The reported split is the source's test split where it is labelled, otherwise its validation split. Of data
     that has neither, a fifth (at most 2,000 rows) is set aside for it, with each class's share. It is whole, does
@@ -66,7 +66,28 @@ def load_task(
         if reading.text_column or reading.label_column or reading.task not in (None, CLASSIFICATION.name):
             raise ValueError(f"columns and `task` must be left out for 'docstrings', a classification, got {reading}.")
         return _docstring_task(docstring_rows(seed=seed, max_train=max_train, max_validation=max_validation))
-    return _Loader(_find(name, data_dir), reading).task(seed, max_train, max_validation)
+    sizes = Sizes(seed, max_train, max_validation)
+    if reading.task == EMBEDDINGS.name or (reading.task is None and is_beir(name, data_dir)):
+        return load_embeddings(name or None, data_dir, reading, sizes)
+    for argument in ("corpus", "pairs"):
+        if getattr(reading, argument) is not None:
+            raise ValueError(f"`{argument}` {getattr(reading, argument)!r} is for `--task embeddings` alone: leave it out.")
+    source = find_source(name, data_dir)
+    load = LOADERS.get(reading.task or kind_of(source), _load_labelled)
+    return load(source, reading, sizes)
+
+
+def kind_of(source: Source) -> str | None:
+    """Returns the kind of a task whose columns are sure to say it; None where labels have to be looked at."""
+    return TOKENS.name if holds_tags(source.tables["train"]) else None
+
+
+def _load_labelled(source: Source, reading: Reading, sizes: Sizes) -> Task:
+    return _Loader(source, reading).task(sizes.seed, sizes.max_train, sizes.max_validation)
+
+
+LOADERS = {TOKENS.name: load_tokens, RANKING.name: load_ranking}
+"""What reads the rows of kinds that have more than texts and labels."""
 
 
 def _docstring_task(rows: Mapping[str, list[tuple[str, int]]]) -> Task:
@@ -83,48 +104,10 @@ def _docstring_task(rows: Mapping[str, list[tuple[str, int]]]) -> Task:
     )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Raw splits, what is known about them (None: nothing), and what they are called."""
-
-    name: str
-    tables: Mapping[str, Table]
-    spec: TaskSpec | None
-    title: str
-
-
-def _find(name: str, data_dir: str | Path | None) -> _Source:
-    spec = SPECS.get(canonical(name))
-    if data_dir is None and spec is not None and spec.hub is not None:
-        title = ":".join(filter(None, spec.hub))
-        return _Source(canonical(name), _tables(read_hub(*spec.hub), title), spec, title)
-    path = Path(name).expanduser()
-    if data_dir is not None:
-        path = find_directory(name, data_dir)
-    elif path.is_dir():
-        path = path.resolve()
-        name, spec = path.name, SPECS.get(canonical(path.name))
-    elif path.is_file():
-        is_split = path.stem.lower() in {stem for stems in SPLITS.values() for stem in stems}
-        name = path.resolve().parent.name if is_split else path.stem
-        return _Source(name, read_path(path), None, f"file {path.name}")
-    elif name.startswith((".", "/", "~")) or path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"`name` {name!r} looks like a file or directory, which does not exist.")
-    else:
-        hub_id, _, config = name.partition(":")
-        return _Source(name, _tables(read_hub(hub_id, config or None), name), None, name)
-    tables = read_path(path, raw_quotes=spec is not None)
-    return _Source(canonical(name) if spec else name, tables, spec, f"directory {path.name}")
-
-
-def _tables(splits: Mapping[str, Dataset], title: str) -> dict[str, Table]:
-    return {split: Table.of(rows, f"{title}, {split}") for split, rows in splits.items()}
-
-
 class _Loader:
     """Brings raw splits to one form, and remembers what is worth saying."""
 
-    def __init__(self, source: _Source, reading: Reading) -> None:
+    def __init__(self, source: Source, reading: Reading) -> None:
         self.source, self.reading, self.spec = source, reading, source.spec or TaskSpec()
         train = source.tables["train"]
         with _naming(f"{source.title}, train"):
@@ -132,7 +115,7 @@ class _Loader:
         self.class_names = (train.class_names or {}).get(self.columns.labels[0], ())
         # The mark of a row without a label; a class where nothing says otherwise.
         self.has_mark = source.spec is not None or bool(self.class_names)
-        self.notes = list(dict.fromkeys(note for table in source.tables.values() for note in table.notes))
+        self.notes = list(source.notes)
         rows, raw = self._labelled(train, self.columns)
         self._refuse_mixture(train, rows, raw)
         with _naming(f"{source.title}, train"):
@@ -202,7 +185,7 @@ class _Loader:
         if 0 < len(words) <= len(raw) // _MOST_WORDS and all(isinstance(label, str | int | float) for label in raw):
             word = raw[rows.index(words[0])]
             raise ValueError(
-                f"{_places(table, words)}: label {word!r} among {len(raw) - len(words):,} numbers. Correct it, remove "
+                f"{places(table, words)}: label {word!r} among {len(raw) - len(words):,} numbers. Correct it, remove "
                 "the row, or give `--task classification` if it is a class."
             )
 
@@ -248,7 +231,7 @@ class _Loader:
                 raw, gone = [[] if is_missing(label) else label for label in raw], []
         if gone and not self.has_mark:
             raise ValueError(
-                f"{_places(table, gone)}: no label in {', '.join(map(repr, columns.labels))}. Fill it in, or remove "
+                f"{places(table, gone)}: no label in {', '.join(map(repr, columns.labels))}. Fill it in, or remove "
                 f"{'the row' if len(gone) == 1 else f'these {len(gone)} rows'}."
             )
         if gone:
@@ -274,7 +257,7 @@ class _Loader:
             wrong = [row for row in rows if not self._is_text(values[row])]
             if wrong:
                 raise ValueError(
-                    f"{_places(table, wrong)}: column {column!r} must hold text in every row, got {values[wrong[0]]!r}: "
+                    f"{places(table, wrong)}: column {column!r} must hold text in every row, got {values[wrong[0]]!r}: "
                     "fill it in, remove the row, or name another column."
                 )
             if self.spec.strips_final_period:
@@ -291,7 +274,7 @@ class _Loader:
         source, train, kind = self.source, self.train, self.labels.kind
         if source.spec is not None:
             raise ValueError(f"{source.title} must have a labelled test or validation split, got {sorted(source.tables)}.")
-        size = min(_MOST_REPORTED, max(1, len(train) // _REPORTED_SHARE))
+        size = min(MOST_REPORTED, max(1, len(train) // REPORTED_SHARE))
         kept, chosen = cut_stratified(train["text"], kind.strata(train["label"]), size, seed=0)
         self.notes.append(
             f"no labelled test rows came along: {len(chosen):,} of {len(train):,} were set aside to report on, with each "
@@ -308,12 +291,6 @@ class _Loader:
         if len(kept) < len(dataset):
             self.notes.append(f"{len(dataset) - len(kept):,} {own} rows are also {role} ones and were left out")
         return dataset.select(kept)
-
-
-def _places(table: Table, rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - _MOST_NAMED:,} more" if len(rows) > _MOST_NAMED else ""
-    first, *others = (table.where(row) for row in rows[:_MOST_NAMED])
-    return ", ".join((first, *(place.rpartition(", ")[2] for place in others))) + more
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from datasets.exceptions import DatasetsError
 
 from shrp_hf.tasks.files import SUFFIXES, Table, read_file
 
+_MOST_NAMED = 3  # rows that a message names
 _GLUE = "nyu-mll/glue"
 _ACCURACY = ("accuracy",)
 _ACCURACY_F1 = ("accuracy", "f1")
@@ -191,3 +193,65 @@ def _data_files(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.name not in _NO_DATA and not path.name.startswith(".")
     )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw splits and where they come from.
+
+    Args:
+        name: What the task is called.
+        tables: Rows of each split.
+        spec: What is known about them; None: nothing.
+        title: What messages call them.
+    """
+
+    name: str
+    tables: Mapping[str, Table]
+    spec: TaskSpec | None
+    title: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noticed while reading, each once."""
+        return tuple(dict.fromkeys(note for table in self.tables.values() for note in table.notes))
+
+
+def find_source(name: str, data_dir: str | Path | None) -> Source:
+    """Finds and reads what a name stands for, as `load_task` describes it.
+
+    Raises:
+        ValueError: There is no such file, directory or data set, or it cannot be read.
+    """
+    spec = SPECS.get(canonical(name))
+    if data_dir is None and spec is not None and spec.hub is not None:
+        title = ":".join(filter(None, spec.hub))
+        return Source(canonical(name), _tables(read_hub(*spec.hub), title), spec, title)
+    path = Path(name).expanduser()
+    if data_dir is not None:
+        path = find_directory(name, data_dir)
+    elif path.is_dir():
+        path = path.resolve()
+        name, spec = path.name, SPECS.get(canonical(path.name))
+    elif path.is_file():
+        is_split = path.stem.lower() in {stem for stems in SPLITS.values() for stem in stems}
+        name = path.resolve().parent.name if is_split else path.stem
+        return Source(name, read_path(path), None, f"file {path.name}")
+    elif name.startswith((".", "/", "~")) or path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"`name` {name!r} looks like a file or directory, which does not exist.")
+    else:
+        hub_id, _, config = name.partition(":")
+        return Source(name, _tables(read_hub(hub_id, config or None), name), None, name)
+    tables = read_path(path, raw_quotes=spec is not None)
+    return Source(canonical(name) if spec else name, tables, spec, f"directory {path.name}")
+
+
+def _tables(splits: Mapping[str, Dataset], title: str) -> dict[str, Table]:
+    return {split: Table.of(rows, f"{title}, {split}") for split, rows in splits.items()}
+
+
+def places(table: Table, rows: Sequence[int]) -> str:
+    """Names rows of a table by file and line, the first few where there are many."""
+    more = f" and {len(rows) - _MOST_NAMED:,} more" if len(rows) > _MOST_NAMED else ""
+    first, *others = (table.where(row) for row in rows[:_MOST_NAMED])
+    return ", ".join((first, *(place.rpartition(", ")[2] for place in others))) + more

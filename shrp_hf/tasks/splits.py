@@ -1,7 +1,108 @@
 """Cutting the held-out rows, on which everything is chosen, from a training set without leaking one into the other."""
 
 import random
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+REPORTED_SHARE, MOST_REPORTED = 5, 2000  # where no test rows come along: a fifth, or so many
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows a task takes.
+
+    Args:
+        seed: Seed of the held-out cut and of the training sample.
+        max_train: Most training rows; None takes all.
+        max_validation: Most held-out rows.
+    """
+
+    seed: int = 0
+    max_train: int | None = None
+    max_validation: int = 1000
+
+
+@dataclass(frozen=True)
+class Division:
+    """Three splits that share nothing, and what is to be said of how they were cut.
+
+    Args:
+        train: Rows to learn from.
+        validation: Rows held out of them.
+        test: The reported rows.
+        reported: Where the reported rows come from.
+        notes: What was left out or set aside.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    reported: str
+    notes: tuple[str, ...]
+
+
+def divide(splits: Mapping[str, Dataset], key: Callable[[Dataset], list[str]], sizes: Sizes, title: str) -> Division:
+    """Makes training, held-out and reported rows of what came along; rows of one key are on one side only.
+
+    The rows that are reported are the test split, else the validation split, else a fifth of the training set, which does
+    not depend on the seed. Held out is the validation split where there is a test split too, else a tenth of the training
+    rows.
+
+    Args:
+        splits: "train", and perhaps "validation" and "test".
+        key: Returns for each row what it shares with others: its text, its query.
+        sizes: How many rows are taken.
+        title: What messages call the rows.
+
+    Raises:
+        ValueError: There are too few rows to hold any out.
+    """
+    train, notes = splits["train"], []
+    named = next((split for split in ("test", "validation") if split in splits), None)
+    if named is None:
+        kept, chosen = cut_by_text(key(train), min(MOST_REPORTED, max(1, len(train) // REPORTED_SHARE)), seed=0)
+        notes.append(
+            f"no test rows came along: {len(chosen):,} of {len(train):,} were set aside to report on, the same ones for "
+            "every seed"
+        )
+        test, train, reported = train.select(chosen), train.select(kept), f"{title}, rows set aside"
+    else:
+        test, reported = splits[named], f"{title}, {named}"
+
+    def without(rows: Dataset, others: Dataset, own: str, role: str) -> Dataset:
+        taken = set(key(others))
+        kept = [row for row, found in enumerate(key(rows)) if found not in taken]
+        if len(kept) < len(rows):
+            notes.append(f"{len(rows) - len(kept):,} {own} rows are also {role} ones and were left out")
+        return rows.select(kept)
+
+    train = without(train, test, "training", "reported")
+    if named == "test" and "validation" in splits:
+        validation = without(splits["validation"], test, "validation", "reported")
+        if len(validation) > sizes.max_validation:
+            validation = validation.select(_some_groups(key(validation), sizes.max_validation, sizes.seed))
+        train = without(train, validation, "training", "held-out")
+    else:
+        kept, chosen = cut_by_text(key(train), min(sizes.max_validation, max(1, len(train) // 10)), sizes.seed)
+        train, validation = train.select(kept), train.select(chosen)
+    train = train.select(sample(range(len(train)), sizes.max_train, sizes.seed))
+    return Division(train, validation, test, reported, tuple(notes))
+
+
+def _some_groups(keys: Sequence[str], size: int, seed: int) -> list[int]:
+    """Draws rows of whole keys, at most `size` of them, in their order; of a single larger key all."""
+    groups: dict[str, list[int]] = {}
+    for row, found in enumerate(keys):
+        groups.setdefault(found, []).append(row)
+    names = list(groups)
+    random.Random(seed).shuffle(names)
+    chosen: list[int] = list(groups[names[0]])
+    for name in names[1:]:
+        if len(chosen) + len(groups[name]) <= size:
+            chosen += groups[name]
+    return sorted(chosen)
 
 
 def cut_by_text(texts: Sequence[str], size: int, seed: int) -> tuple[list[int], list[int]]:

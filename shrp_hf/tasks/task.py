@@ -12,11 +12,10 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from shrp_hf.defaults import MAX_LENGTH
 from shrp_hf.models.lengths import fitting_length
-from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Kind
+from shrp_hf.models.outputs import PAIRS
+from shrp_hf.tasks.kind import Baseline, Kind
+from shrp_hf.tasks.kinds import CLASSIFICATION, KINDS, REGRESSION
 from shrp_hf.tasks.sources import TASK_NAMES
-
-_MOST_SHOWN = 8  # classes that are named
-_NEEDS_METRICS = "Computing metrics needs scikit-learn: pip install 'shrp_hf[metrics]'"
 
 
 def shown(value: float | None, form: str = ".4f") -> str:
@@ -40,19 +39,21 @@ def for_json(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task on texts: classification, with one label a row or several, or regression.
+    """One task: rows in three splits, and the kind that says how they are read, learned and judged.
 
     Args:
         name: Name under which it was loaded.
-        train: Rows to learn from. Columns `text`, `text_pair` (pair tasks only), `label`.
+        train: Rows to learn from, with the columns of its kind: for those with labels `text`, `text_pair` (pair tasks only)
+            and `label`.
         validation: Rows held out of the source's training set, for everything that is chosen (experts, alpha, budget,
             early stopping).
         test: The reported rows. Never choose anything on them.
-        label_names: One name per class; empty for regression.
-        metric_names: What `compute_metrics` returns; the first one is the headline.
+        label_names: One name per output of the head; empty where there is one without a name, or none.
+        metric_names: What `compute_metrics` returns of the reported rows; the first one is the headline.
         reported: Where the reported rows come from, for tables and cards.
         kind_name: Its kind, a name in `KINDS`; empty: a classification if it has `label_names`, else a regression.
         notes: What is worth saying about how its rows were read.
+        pairs: Embeddings: texts that belong together (`text`, `text_pair`), on which a recovery ends; None: none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     reported: str
     kind_name: str = ""
     notes: tuple[str, ...] = ()
+    pairs: Dataset | None = None
 
     @property
     def kind(self) -> Kind:
@@ -74,6 +76,11 @@ class Task:
     def headline(self) -> str:
         """Name of the metric that stands for the task in a table."""
         return self.metric_names[0]
+
+    @property
+    def chosen_by(self) -> str:
+        """Name of the metric on the held-out rows by which everything is chosen; the headline, unless the kind has another."""
+        return self.kind.held_out_metric or self.headline
 
     @property
     def is_pair(self) -> bool:
@@ -91,55 +98,54 @@ class Task:
         return max(1, len(self.label_names))
 
     @property
-    def problem_type(self) -> str:
+    def problem_type(self) -> str | None:
         """The value of `problem_type` in a Transformers config."""
         return self.kind.problem_type
 
     @property
     def config_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` needs to build a head for this task."""
-        names = dict(enumerate(self.label_names or ("score",)))
-        label2id = {name: index for index, name in names.items()}
-        return {
-            "num_labels": self.num_labels,
-            "problem_type": self.problem_type,
-            "id2label": names,
-            "label2id": label2id,
-        }
+        return self.kind.config_kwargs(self.label_names)
+
+    @property
+    def num_reported(self) -> int:
+        """How many rows, sentences, queries or pairs the reported metrics are computed over."""
+        return self.kind.count(self.test)
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, max_length: int = MAX_LENGTH, model: Any = None) -> DatasetDict:
-        """Turns the three splits into token ids, unpadded: a `DataCollatorWithPadding` pads each batch to its longest.
+        """Turns the three splits into token ids, unpadded: a `RowCollator` pads each batch to its longest.
 
         Args:
             tokenizer: The model's tokenizer.
             max_length: Longest sequence in tokens, special tokens included; longer ones are truncated. More than
                 the tokenizer or the model allows is clamped, and said in the log.
-            model: The model that will read them, or its config.
+            model: The model that will read them, or its config; for embeddings the dense model itself, whose vectors are
+                what held-out texts are judged by.
 
         Returns:
-            The splits "train", "validation" and "test", with the tokenizer's columns and `label`.
+            The splits "train", "validation" and "test", with the tokenizer's columns, `label` where there are labels, and
+            `judged` where the kind judges by more; and "pairs" where there are some.
 
         Raises:
-            ValueError: `max_length` leaves no room for a token of text.
+            ValueError: `max_length` leaves no room for a token of text, or tokenizer or model do not suit the kind.
         """
         special = tokenizer.num_special_tokens_to_add(pair=self.is_pair)
         length = fitting_length(max_length, [] if model is None else [model], tokenizer)
         if length <= special:
             raise ValueError(f"`max_length` must exceed the {special} special tokens of a sequence, got {max_length}.")
-
-        def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=length)
-
-        texts = [column for column in self.train.column_names if column != "label"]
-        splits = DatasetDict(train=self.train, validation=self.validation, test=self.test)
-        return splits.map(encode, batched=True, remove_columns=texts, desc=f"Tokenizing {self.name}")
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        if self.pairs is not None:
+            splits[PAIRS] = self.pairs
+        encode = self.kind.encode
+        return DatasetDict({split: encode(rows, tokenizer, length, model, split) for split, rows in splits.items()})
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Judges predictions; hand it to `Trainer(compute_metrics=task.compute_metrics)`.
+        """Judges predictions; for kinds with a label a row, hand it to `Trainer(compute_metrics=task.compute_metrics)`.
 
         Args:
-            prediction: Logits of shape (samples, num_labels), or a tuple that begins with them, and labels of shape
-                (samples,), with several labels a row (samples, num_labels).
+            prediction: What `shrp_hf.publishing.report.predict_on` returns. For classification and regression: logits of shape
+                (samples, num_labels), or a tuple that begins with them, and labels of shape (samples,), with several
+                labels a row (samples, num_labels).
 
         Returns:
             One number per name in `metric_names`, each defined as in GLUE (0 to 1, correlations -1 to 1, NaN where one is
@@ -149,11 +155,15 @@ class Task:
             ImportError: The extra `metrics` is not installed.
             ValueError: The logits do not have one column per label, or are not finite.
         """
-        try:
-            from shrp_hf.tasks.metrics import measure
-        except ImportError as error:
-            raise ImportError(_NEEDS_METRICS) from error
-        return measure(self.metric_names, *self._decisions(prediction), self._average)
+        return self.kind.judge(prediction, self.metric_names, self.label_names)
+
+    def decide(self, prediction: EvalPrediction) -> np.ndarray:
+        """Turns predictions into decisions, by which two models are compared: classes, values, tags, best documents.
+
+        Args:
+            prediction: As for `compute_metrics`.
+        """
+        return self.kind.decide(prediction, self.label_names)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -162,35 +172,29 @@ class Task:
         if self.name in TASK_NAMES:
             return known
         digest = hashlib.sha256(repr(self.label_names).encode())
-        for split in (self.train, self.validation, self.test):
+        for split in filter(None, (self.train, self.validation, self.test, self.pairs)):
             for row in split:
                 digest.update(repr(sorted(row.items())).encode())
         return {**known, "rows": digest.hexdigest()[:16]}
 
     def describe(self) -> str:
         """Says in a few lines what was understood: kind, rows, classes with their shares, and how the rows were read."""
-        lines = [f"{self.name}: {self.kind.name}, {self._labels()}"]
+        lines = [f"{self.name}: {self.kind.name}, {self.kind.describe(self.train, self.label_names)}"]
         lines.append(
             f"{len(self.train):,} training rows, {len(self.validation):,} held out of training to choose on, "
-            f"{len(self.test):,} to report on ({self.reported})"
+            f"{self._counted()} to report on ({self.reported})"
         )
         return "\n  ".join((*lines, *self.notes))
 
-    def _labels(self) -> str:
-        labels = np.asarray(self.train["label"], dtype=np.float64)
-        if self.is_regression:
-            return f"values from {labels.min():g} to {labels.max():g}, mean {labels.mean():.4g}"
-        shares = labels.mean(axis=0) if self.kind is MULTILABEL else np.bincount(labels.astype(int), minlength=self.num_labels)
-        shares = shares if self.kind is MULTILABEL else shares / len(labels)
-        order = np.argsort(-shares, kind="stable")[:_MOST_SHOWN]
-        more = f" and {self.num_labels - len(order)} more" if self.num_labels > len(order) else ""
-        what = "labels" if self.kind is MULTILABEL else "classes"
-        return f"{self.num_labels} {what}: " + ", ".join(f"{self.label_names[i]} {shares[i]:.1%}" for i in order) + more
+    def _counted(self) -> str:
+        rows, units = len(self.test), self.num_reported
+        return f"{rows:,}" if rows == units else f"{units:,} {self.kind.unit(self.test)} ({rows:,} rows)"
 
     def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
         """Judges several models on rows drawn again and again with replacement, the same rows for all of them.
 
         Quantiles over the resamples are an interval of any metric, and those of a ratio between models are paired.
+        Sentences, queries or pairs are drawn whole.
 
         Args:
             predictions: One a model, as for `compute_metrics`, over the same rows.
@@ -204,33 +208,15 @@ class Task:
             ImportError: The extra `metrics` is not installed.
             ValueError: The logits do not have one column per label.
         """
-        try:
-            from shrp_hf.tasks.metrics import resample
-        except ImportError as error:
-            raise ImportError(_NEEDS_METRICS) from error
-        decided, (labels, *_) = zip(*map(self._decisions, predictions), strict=True)
-        return resample(self.headline, decided, labels, self._average, num_resamples, seed)
+        return self.kind.resample(predictions, self.headline, self.label_names, num_resamples, seed)
 
-    @property
-    def _average(self) -> str:
-        return "binary" if self.num_labels == 2 else "macro"
+    def baseline(self, rows: Dataset) -> Baseline:
+        """Judges the answer that is best where nothing is read: the majority class, the mean, no entity, the given order.
 
-    def _decisions(self, prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the predicted classes or values, and the labels."""
-        logits = prediction.predictions
-        logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
-        labels = np.asarray(prediction.label_ids)
-        labels = labels if self.kind is MULTILABEL else labels.reshape(-1)
-        if logits.shape != (len(labels), self.num_labels):
-            raise ValueError(
-                f"`prediction` must hold logits of shape {(len(labels), self.num_labels)} for task {self.name!r}, "
-                f"got {logits.shape}. Build the model with `**task.config_kwargs`."
-            )
-        if not np.isfinite(logits).all():  # of NaN, argmax would make the first class
-            rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-            raise ValueError(
-                f"`prediction` holds logits that are not finite, first in row {rows[0]} ({len(rows)} of {len(logits)}): a "
-                "weight is damaged, or half precision overflows: load another checkpoint, or evaluate in float32."
-            )
-        decided = self.kind.decide(logits)
-        return decided, labels.astype(decided.dtype)
+        Args:
+            rows: One of its splits.
+
+        Raises:
+            ImportError: The extra `metrics` is not installed.
+        """
+        return self.kind.baseline(self.train, rows, self.metric_names, self.label_names)

@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn import functional
 
 from shrp_hf.families import head_layout
-from shrp_hf.models.outputs import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predicts_per_token, problem_type, task_head
+from shrp_hf.models.outputs import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    predicts_per_token,
+    problem_type,
+    task_head,
+    vectors_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +74,37 @@ def logits_loss(
     return _mean(error, mask)
 
 
+def vectors_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each sentence's vector from the teacher's, as a share of the teacher's squared length.
+
+    Of vectors of length 1 it is 2 (1 - cosine).
+
+    Args:
+        student: Shape (batch, width).
+        teacher: The same shape.
+
+    Returns:
+        A scalar, the mean over sentences.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"The teacher's vectors have the shape {tuple(teacher.shape)}, the student's {tuple(student.shape)}: they must "
+            "have the same width and pooling."
+        )
+    student, teacher = _wide(student), _wide(teacher)
+    length = teacher.square().sum(dim=-1).clamp(min=torch.finfo(teacher.dtype).tiny)
+    return ((student - teacher).square().sum(dim=-1) / length).mean()
+
+
 def outputs_loss(
     model: nn.Module, inputs: Mapping[str, Any], student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float
 ) -> torch.Tensor | int:
     """`logits_loss` of a task head, summed over its outputs; padding and tokens with the label -100 are left out.
+
+    Of an embedding model `vectors_loss`.
 
     Args:
         model: The student; what its logits mean is read from its head and config.
@@ -79,11 +114,14 @@ def outputs_loss(
         temperature: T.
 
     Returns:
-        A scalar, 0 for a model without logits.
+        A scalar, 0 for a model without logits or vectors.
 
     Raises:
         ValueError: The outputs differ in name or shape.
     """
+    vectors = [vectors_of(model, outputs, inputs.get("attention_mask")) for outputs in (student, teacher)]
+    if vectors[0] is not None and vectors[1] is not None:
+        return vectors_loss(*vectors)
     ours, theirs = student_logits(student), student_logits(teacher)
     if len(ours) != len(theirs):
         raise ValueError(f"The teacher gives {list(teacher)}, the student {list(student)}: they must have the same task head.")

@@ -6,32 +6,35 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import DatasetDict
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_callback import TrainerState
 
 from shrp_hf.defaults import BATCH_SIZE, CALIBRATION_SAMPLES, SEED
+from shrp_hf.models.outputs import PAIRS, embedding_of
 from shrp_hf.plans.budget import Budget
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.selectors import SELECTORS
 from shrp_hf.selectors.usage import plan_by_usage
 from shrp_hf.training.arguments import ShrpTrainingArguments
-from shrp_hf.training.sampling import calibration_batches
+from shrp_hf.training.contrast import EPOCHS, LEARNING_RATE, PairCollator, PairTrainer
+from shrp_hf.training.sampling import RowCollator, calibration_batches
 from shrp_hf.training.teacher_outputs import TeacherOutputs
 from shrp_hf.training.trainer import ShrpTrainer
 
 logger = logging.getLogger(__name__)
+TrainerKind = TypeVar("TrainerKind", bound=Trainer)
 
 EXPERT_SELECTORS = ("usage", "his", "hies", "entropy", "magnitude", "random")
 """What may choose the experts that stay: the usage of trained routers (SHRP), or scores of the heads of the dense model."""
@@ -217,7 +220,7 @@ class Setup:
             **kwargs,
         )
 
-    def train(self, trainer: ShrpTrainer) -> PreTrainedModel:
+    def train(self, trainer: Trainer) -> PreTrainedModel:
         """Trains, from the last checkpoint if there is one; returns the model, in evaluation mode."""
         folder = Path(trainer.args.output_dir)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
@@ -267,15 +270,49 @@ def recover(
     """Trains a pruned or truncated model back by `recipe`, the same for every method.
 
     Args:
-        model: The smaller model; it is trained in place.
+        model: The smaller model; it is trained in place. An embedding model ends on pairs, where some came along.
         dense: The dense model, which teaches where the recipe says so.
         setup: What all trainings of the run share.
         recipe: How.
         name: Name of the training, for its checkpoints.
     """
+    check_lesson_of(recipe, has_labels=embedding_of(model) is None)
     teacher = dense if recipe.distils else None
     epochs, rate = recipe.recovery_epochs, recipe.recovery_learning_rate
-    return fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+    model = fine_tune(model, setup, epochs, rate, name=name, teacher=teacher, **recipe.arguments)
+    return contrast(model, setup, name=name) if epochs and PAIRS in setup.data else model
+
+
+def contrast(model: PreTrainedModel, setup: Setup, *, name: str) -> PreTrainedModel:
+    """Trains an embedding model for an epoch on the pairs that came along; returns it in evaluation mode.
+
+    Args:
+        model: The model; it is trained in place.
+        setup: What all trainings of the run share; its split "pairs" has the pairs.
+        name: Name of the training before it, for checkpoints.
+    """
+    args = setup.arguments(
+        f"{name}-contrast", num_train_epochs=EPOCHS, learning_rate=LEARNING_RATE, remove_unused_columns=False
+    )
+    collator = PairCollator(setup.tokenizer)
+    return setup.train(_watched(PairTrainer(model, args, collator, setup.data[PAIRS]), setup))
+
+
+def check_lesson_of(recipe: Recipe, has_labels: bool) -> None:
+    """Refuses a recipe by which a model would learn nothing.
+
+    Args:
+        recipe: How it is to be trained.
+        has_labels: Whether there are labels; an embedding model has none.
+
+    Raises:
+        ValueError: There are neither labels nor a teacher, though it is to be trained.
+    """
+    if not has_labels and not recipe.distils and (recipe.recovery_epochs or recipe.routes):
+        raise ValueError(
+            f"`recipe` {recipe.name!r} has no teacher, and an embedding model has no labels: take `default`, in which the "
+            "dense model teaches."
+        )
 
 
 def stored(teacher: PreTrainedModel, setup: Setup, *, hidden_states: bool = True) -> PreTrainedModel | TeacherOutputs:
@@ -298,9 +335,10 @@ def stored(teacher: PreTrainedModel, setup: Setup, *, hidden_states: bool = True
     if 2 * size > shutil.disk_usage(setup.folder).free:
         logger.warning("The teacher's outputs take %.1f GB, too much for %s: it runs in each step.", size / 1e9, setup.folder)
         return teacher
-    collator = DataCollatorWithPadding(setup.tokenizer)
     teacher = teacher.to("cuda" if torch.cuda.is_available() else teacher.device)
-    return TeacherOutputs.compute(teacher, rows, collator, setup.folder / "teacher", hidden_states=hidden_states)
+    return TeacherOutputs.compute(
+        teacher, rows, RowCollator(setup.tokenizer), setup.folder / "teacher", hidden_states=hidden_states
+    )
 
 
 def convert(
@@ -381,8 +419,17 @@ def _trainer(
     model: PreTrainedModel, args: ShrpTrainingArguments, setup: Setup, teacher: PreTrainedModel | TeacherOutputs | None
 ) -> ShrpTrainer:
     trainer = ShrpTrainer(
-        to_shrp(model), args, train_dataset=setup.data["train"], processing_class=setup.tokenizer, teacher=teacher
+        to_shrp(model),
+        args,
+        data_collator=RowCollator(setup.tokenizer),
+        train_dataset=setup.data["train"],
+        processing_class=setup.tokenizer,
+        teacher=teacher,
     )
+    return _watched(trainer, setup)
+
+
+def _watched(trainer: TrainerKind, setup: Setup) -> TrainerKind:
     if setup.bar is not None:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)

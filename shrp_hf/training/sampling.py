@@ -9,12 +9,42 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from shrp_hf.models.outputs import IGNORED, JUDGED
 from shrp_hf.training.arguments import ShrpTrainingArguments
 
 
 def data_seed(args: TrainingArguments) -> int:
     """The seed of all that is drawn from a training set."""
     return args.seed if args.data_seed is None else args.data_seed
+
+
+class RowCollator(DataCollatorWithPadding):
+    """Pads rows to a batch, labels of tokens with -100; columns by which answers are judged are left out.
+
+    Args:
+        tokenizer: Pads the tokens.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Makes a batch of tensors (batch, length), the labels (batch,), (batch, labels) or, of tokens, (batch, length)."""
+        features = [{name: value for name, value in row.items() if name != JUDGED} for row in features]
+        name = next((name for name in ("label", "labels") if name in features[0]), None)
+        if name is None or not _is_per_token(features[0][name], features[0]["input_ids"]):
+            return super().__call__(features)
+        labels = [torch.as_tensor(row.pop(name)) for row in features]
+        batch = super().__call__(features)
+        width = batch["input_ids"].shape[1]
+        is_left = self.tokenizer.padding_side == "left"
+        batch["labels"] = torch.full((len(labels), width), IGNORED)
+        for row, own in zip(batch["labels"], labels, strict=True):
+            row[width - len(own) if is_left else 0 :][: len(own)] = own
+        return batch
+
+
+def _is_per_token(label: Any, tokens: Any) -> bool:
+    """Whether a label is a class for each token; several labels and relevances are floats."""
+    label = label.tolist() if hasattr(label, "tolist") else label
+    return isinstance(label, list) and len(label) == len(tokens) and all(isinstance(value, int) for value in label)
 
 
 class EpochSampler(Sampler[int]):
@@ -55,10 +85,10 @@ def calibration_batches(
         seed: Seed of the draw.
 
     Returns:
-        Batches of tensors of shape (batch, length), the labels (batch,).
+        Batches as `RowCollator` makes them.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return DataLoader(rows.select(order[:count].tolist()), batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    return DataLoader(rows.select(order[:count].tolist()), batch_size, collate_fn=RowCollator(tokenizer))
 
 
 def hold_out(dataset: Any, args: TrainingArguments) -> tuple[Any, Any]:

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from shrp_hf.card_parts import auto_class_of, license_of, loading_section
+from shrp_hf.card_parts import insert_loading_section, license_of
 from shrp_hf.checkpoints import warn_of_half_precision
-from shrp_hf.files import writing_to, written_whole
+from shrp_hf.files import writing_to
 from shrp_hf.models.expert_layer import Expander, Router, sum_over_processes
 from shrp_hf.models.modeling_shrp import ShrpModelMixin
+from shrp_hf.models.outputs import embedding_of
 from shrp_hf.models.saving import copy_code
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import to_shrp
@@ -234,11 +235,7 @@ class ShrpTrainer(FiniteTrainer):
             kwargs["license"] = license_of(model.config.name_or_path or "")
         super().create_model_card(*args, **kwargs)
         if is_shrp and self.is_world_process_zero():
-            path = Path(self.args.output_dir, "README.md")
-            section = loading_section(auto_class_of(model), has_code=True, name=self.hub_model_id or "PATH_OR_REPO")
-            head, mark, rest = path.read_text(encoding="utf-8").partition("\n## Model description")
-            with written_whole(path) as partial:
-                partial.write_text(f"{head}\n{section}\n{mark}{rest}", encoding="utf-8")
+            insert_loading_section(Path(self.args.output_dir, "README.md"), model, self.hub_model_id or "PATH_OR_REPO")
 
     def _shrp_model(self) -> PreTrainedModel | None:
         model = self.accelerator.unwrap_model(self.model)
@@ -284,8 +281,13 @@ class ShrpTrainer(FiniteTrainer):
         wants_hidden = self.teacher is not None and self._weight("distillation_hidden_states") > 0
         if wants_hidden:
             inputs = {**inputs, "output_hidden_states": True}
-        with self._recorded(self.accelerator.unwrap_model(model)) as values:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        encoder = self.accelerator.unwrap_model(model)
+        with self._recorded(encoder) as values:
+            if self.teacher is not None and self.compute_loss_func is None and embedding_of(encoder) is not None:
+                outputs = model(**inputs)  # the teacher's vectors need no labels
+                loss = outputs["last_hidden_state"].new_zeros(())
+            else:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = torch.zeros_like(loss)
         balance, task = outputs.get("balance_loss"), outputs.get("task_loss")
         if balance is not None and task is None:

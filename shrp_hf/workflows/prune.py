@@ -30,9 +30,9 @@ from shrp_hf.scoring import StatsRequest, collect_head_stats
 from shrp_hf.selectors import SELECTORS, CahpSelector, HeadClusterSelector, Selector
 from shrp_hf.tasks.fine_tuned import load_fine_tuned
 from shrp_hf.tasks.task import Task
-from shrp_hf.training.recipes import Setup, find_recipe, recover
+from shrp_hf.training.recipes import Setup, check_lesson_of, find_recipe, recover
 from shrp_hf.training.sampling import calibration_batches
-from shrp_hf.workflows.run_directory import check_output
+from shrp_hf.workflows.run_directory import check_output, save_model
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def prune_posthoc(
     say: Callable[[str], None] = lambda text: None,
     bar: TrainerCallback | None = None,
 ) -> Path:
-    """Prunes a fine-tuned classifier or regressor and writes the smaller model, its plan, a report and pictures.
+    """Prunes a fine-tuned model and writes the smaller model, its plan, a report and pictures.
 
     Args:
         model_name: Hub id or directory of the fine-tuned model, with its tokenizer.
@@ -163,6 +163,7 @@ def prune_posthoc(
         )
     check_output(output, [model_name, options.teacher], ("checkpoints",))
     set_seed(options.seed)
+    check_lesson_of(recipe, task.kind.is_tuned)
     model = load_fine_tuned(model_name, task)
     tokenizer = open_tokenizer(model_name, model)
     teacher = model
@@ -179,7 +180,7 @@ def prune_posthoc(
 
     def quality(plan: KeepPlan) -> float:
         with masked_heads(model, plan, means):
-            return evaluate_on(model, data["validation"], task, tokenizer)[task.headline]
+            return evaluate_on(model, data["validation"], task, tokenizer)[task.chosen_by]
 
     selector = options.make_selector(quality)
     selector.check(model)
@@ -210,8 +211,7 @@ def prune_posthoc(
             bar=bar,
         )
         pruned = recover(pruned, teacher, setup, recipe)
-    tokenizer.save_pretrained(output)
-    pruned.save_pretrained(output)
+    save_model(pruned, tokenizer, output)
 
     say("3/3 measuring")
     models = {"unpruned": model, "pruned": pruned}

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from shrp_hf.card_parts import auto_class_of
 from shrp_hf.files import remove_staged
+from shrp_hf.models.outputs import JUDGED, embedding_of
 from shrp_hf.publishing.report import write_text
+from shrp_hf.tasks.sentence_folder import write_sentence_folder
 
 _REOPEN = """
-import sys, torch
-from transformers import AutoModelForSequenceClassification
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).double().eval()
+import sys, torch, transformers
+auto = getattr(transformers, sys.argv[4])
+model = auto.from_pretrained(sys.argv[1], trust_remote_code=True).double().eval()
 assert "shrp_hf" not in sys.modules
 with torch.inference_mode():
-    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+    torch.save(model(**torch.load(sys.argv[2], weights_only=True))[0], sys.argv[3])
 """
 SAME = 1e-10
 """Most that outputs in float64 may differ between two processes: there no kernel's rounding comes near it, and no other weight
@@ -69,13 +73,33 @@ def check_output(output: Path, models: Iterable[str | None], writes: Iterable[st
 
 
 def kept_model(folder: Path, tokenizer: PreTrainedTokenizerBase, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Returns the classifier saved in `folder`, made and saved (with its code) first if it is not there yet."""
+    """Returns the model saved in `folder`, made and saved (with its code) first if it is not there yet."""
     if not (folder / "config.json").exists():  # written last, so its presence means that the model is whole
-        model = make().eval()
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        save_model(make().eval(), tokenizer, folder)
     remove_staged(folder, ".saving-*")  # by a save that was killed when all was in its place
-    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return saved_model(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves a Shrp model with its tokenizer and its code; of an embedding model a whole SentenceTransformer.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to; `config.json` is written last.
+    """
+    tokenizer.save_pretrained(folder)
+    embedding = embedding_of(model)
+    if embedding is not None:
+        write_sentence_folder(folder, embedding, model.config.hidden_size)
+    model.save_pretrained(folder)
+
+
+def saved_model(folder: Path) -> PreTrainedModel:
+    """Opens a model that `save_model` has saved, by the class that its config names, in evaluation mode."""
+    architecture = AutoConfig.from_pretrained(folder).architectures[0]
+    head = architecture.partition("For")[2]
+    return getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel").from_pretrained(folder).eval()
 
 
 def problem_when_reopened(folder: Path, model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,7 +108,7 @@ def problem_when_reopened(folder: Path, model: PreTrainedModel, rows: Dataset, t
     Nothing is raised: hours of training lie behind what is checked, so the caller reports what was found and keeps the rest.
 
     Args:
-        folder: A classifier saved with its code.
+        folder: A model saved with its code.
         model: The same one; left as it is.
         rows: Tokenised rows; the first 8 are compared, in float64.
         tokenizer: Pads them.
@@ -92,19 +116,21 @@ def problem_when_reopened(folder: Path, model: PreTrainedModel, rows: Dataset, t
     Returns:
         What is wrong: it does not open, or its outputs differ. Empty where nothing is.
     """
-    rows = rows.select(range(min(8, len(rows)))).remove_columns("label")
+    rows = rows.select(range(min(8, len(rows))))
+    rows = rows.remove_columns([name for name in ("label", JUDGED) if name in rows.column_names])
     inputs = dict(tokenizer.pad(rows[:], return_tensors="pt"))
     with tempfile.TemporaryDirectory() as scratch:
-        given, got = Path(scratch, "inputs.pt"), Path(scratch, "logits.pt")
+        given, got = Path(scratch, "inputs.pt"), Path(scratch, "outputs.pt")
         torch.save(inputs, given)
-        command = [sys.executable, "-c", _REOPEN, str(folder.resolve()), str(given), str(got)]
+        command = [sys.executable, "-c", _REOPEN, str(folder.resolve()), str(given), str(got), auto_class_of(model)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
         if done.returncode:
             return f"`{folder.name}` does not open in a new process:\n{done.stderr}"
-        logits = torch.load(got, weights_only=True)
+        outputs = torch.load(got, weights_only=True)
     with torch.inference_mode():
-        expected = copy.deepcopy(model).to("cpu", torch.float64).eval()(**inputs).logits
-    difference = float((logits - expected).abs().max())
+        expected = copy.deepcopy(model).to("cpu", torch.float64).eval()(**inputs)[0]
+    real = inputs["attention_mask"] == 1 if expected.dim() == 3 else ...
+    difference = float((outputs - expected)[real].abs().max())
     if difference <= SAME * max(1.0, float(expected.abs().max())):
         return ""
     return f"`{folder.name}` gives other outputs in a new process, by up to {difference:.1e} in float64."

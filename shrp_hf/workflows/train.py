@@ -16,7 +16,7 @@ from shrp_hf.publishing.report import compare_models, evaluate_on, measure_model
 from shrp_hf.selectors.usage import usage_table
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task
-from shrp_hf.training.recipes import RECIPES, Recipe, Setup, convert, fine_tune, recover, without_routers
+from shrp_hf.training.recipes import RECIPES, Recipe, Setup, check_lesson_of, convert, fine_tune, recover, without_routers
 from shrp_hf.workflows.run_directory import check_output, claim, kept_model, problem_when_reopened
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Workflow:
             check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
+        check_lesson_of(options.recipe, task.kind.is_tuned)
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
         claim(output, {"model": model_name, **task.identity, **asdict(options)})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)

@@ -13,11 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from shrp_hf._version import __version__
 from shrp_hf.checkpoints import open_tokenizer
@@ -43,12 +39,12 @@ from shrp_hf.selectors.dsp import DspCallback
 from shrp_hf.structures import cut, keep_layers, spread_layers, thin_plan, thin_reach
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
-from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task, for_json
 from shrp_hf.training.recipes import Setup, convert, fine_tune, recover, without_routers
-from shrp_hf.training.sampling import calibration_batches
+from shrp_hf.training.sampling import RowCollator, calibration_batches
 from shrp_hf.training.trainer import ShrpTrainer
 from shrp_hf.workflows.compare.grid import DSP_MODES, STATISTICS, Job
+from shrp_hf.workflows.run_directory import save_model, saved_model
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class Worker:
             self._save(model, job.key)
         model = self._dense(job.seed)
         logits = self._logits(model, "test")
-        predictions = self.task.kind.decide(logits.predictions).tolist()
+        predictions = self.task.decide(logits).tolist()
         measured = self._measured(model, logits, np.array(predictions))
         blind = {
             name: baseline_of(self.task, rows)
@@ -242,6 +238,7 @@ class Worker:
         trainer = ShrpTrainer(
             self._dense(job.seed),
             args,
+            data_collator=RowCollator(self.tokenizer),
             train_dataset=self.data["train"],
             processing_class=self.tokenizer,
             teacher=dense if job.recipe.distils else None,
@@ -350,11 +347,10 @@ class Worker:
         return json.loads(self.file(key, False).read_text(encoding="utf-8"))
 
     def _save(self, model: PreTrainedModel, key: str) -> None:
-        self.tokenizer.save_pretrained(self._folder(key))
-        model.save_pretrained(self._folder(key))
+        save_model(model, self.tokenizer, self._folder(key))
 
     def _saved(self, key: str) -> PreTrainedModel:
-        return AutoModelForSequenceClassification.from_pretrained(self._folder(key)).eval()
+        return saved_model(self._folder(key))
 
     def _dense(self, seed: int) -> PreTrainedModel:
         """The dense model of a seed, read anew for each job: a trainer freezes the teacher that it is given."""
@@ -367,17 +363,18 @@ class Worker:
 
     def _quality(self, model: PreTrainedModel, plan: KeepPlan) -> float:
         with masked_heads(model, plan):
-            return self.task.compute_metrics(self._logits(model, "validation"))[self.task.headline]
+            return self.task.compute_metrics(self._logits(model, "validation"))[self.task.chosen_by]
 
     def _measured(self, model: PreTrainedModel, prediction: transformers.EvalPrediction, dense: np.ndarray) -> dict[str, Any]:
         task, config = self.task, model.config
-        decided = task.kind.decide(prediction.predictions)
-        is_same = np.abs(decided - dense) <= self.settings.tolerance if task.is_regression else decided == dense
+        decided = task.decide(prediction)
+        is_same = np.abs(decided - dense) <= self.settings.tolerance if task.kind.is_continuous else decided == dense
         is_same = is_same.reshape(len(decided), -1).all(axis=-1)
         batch_size, length = SERVED_SHAPE
         length = min(length, num_positions(model) or length)
         kept = [config.heads_of(i) for i in range(config.num_hidden_layers)]
         return {
+            "auto": task.kind.auto,
             "kept": kept,
             "expert_layers": config.expert_layers,
             "neurons": config.intermediate_sizes,
@@ -385,8 +382,8 @@ class Worker:
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
             "metrics": for_json(task.compute_metrics(prediction)),
             "held_out": for_json(task.compute_metrics(self._logits(model, "validation"))),
-            "rows": len(decided),
-            "correct": int((decided == prediction.label_ids).sum()) if task.kind is CLASSIFICATION else None,
+            "rows": task.num_reported,
+            "correct": int((decided == prediction.label_ids).sum()) if task.kind.has_classes else None,
             "agreement": float(is_same.mean()),
             "num_agreeing": int(is_same.sum()),
             "parameters": asdict(count_parameters(model)),

@@ -5,6 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from shrp_hf.checkpoints import open_config
 from shrp_hf.publishing.report import write_text
 from shrp_hf.tasks.baseline import check_learned
-from shrp_hf.tasks.kinds import CLASSIFICATION
 from shrp_hf.tasks.task import Task
+from shrp_hf.training.recipes import check_lesson_of
 from shrp_hf.workflows.compare.cells import Settings, Worker
 from shrp_hf.workflows.compare.claims import claim
 from shrp_hf.workflows.compare.grid import Grid, Job, ModelShape
@@ -43,6 +44,8 @@ class Comparison:
         self, settings: Settings, grids: Grid | Sequence[Grid], task: Task, output: Path, force: bool = False
     ) -> None:
         grids = [grids] if isinstance(grids, Grid) else grids
+        if not task.kind.is_tuned:  # a dense model that is its own teacher stays as it is
+            grids = [replace(grid, without_control=True) for grid in grids]
         check_output(output, [settings.model], ("models", "checkpoints"))
         shape = _shape_of(settings, task)
         for grid in grids:
@@ -54,6 +57,8 @@ class Comparison:
             self.worker.check_thin(fastest)
         self.jobs: dict[str, Job] = {}
         for job in chain.from_iterable(grid.jobs().values() for grid in grids):
+            if job.recipe is not None:
+                check_lesson_of(job.recipe, task.kind.is_tuned)
             self.jobs.setdefault(job.key, job)
         self._started = time.time()
         self._unchecked = [] if force else [job for job in self.jobs.values() if job.kind == "dense"]
@@ -113,7 +118,7 @@ class Comparison:
             file = self.worker.file(job)
             if file.exists():
                 held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"]
-                check_learned(self.worker.task, held_out[self.worker.task.headline], self.worker.settings.model)
+                check_learned(self.worker.task, held_out[self.worker.task.chosen_by], self.worker.settings.model)
                 self._unchecked.remove(job)
 
     def drop_models(self) -> None:
@@ -190,4 +195,4 @@ def _shape_of(settings: Settings, task: Task) -> ModelShape:
         )
     family = config.model_type.removeprefix("shrp_")
     converts = family in ("bert", "roberta", "xlm-roberta", "camembert")
-    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.kind is CLASSIFICATION)
+    return ModelShape(config.num_hidden_layers, config.num_attention_heads, converts, task.kind.has_classes)

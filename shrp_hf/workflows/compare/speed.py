@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
 from shrp_hf.checkpoints import open_model
 from shrp_hf.defaults import SERVED_SHAPE
@@ -61,7 +62,8 @@ def _dense(output: Path, cells: Sequence[Cell]) -> PreTrainedModel:
     dense = next(cell for cell in cells if cell["method"] == "dense")
     folder = output / "models" / dense["key"]
     source = folder if folder.exists() else dense["settings"]["model"]
-    return to_shrp(open_model(str(source), AutoModelForSequenceClassification)[0])
+    auto = getattr(transformers, dense.get("auto", "AutoModelForSequenceClassification"))  # of cells from before other kinds
+    return to_shrp(open_model(str(source), auto)[0])
 
 
 def _full(dense: PreTrainedModel) -> list[range]:

@@ -223,7 +223,7 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
             row.over_seeds(lambda cell: cell["metrics"][headline]).text(),
             "-" if share is None else share.text(1, 100),
             row.over_seeds(lambda cell: cell["agreement"]).text(1, 100),
-            row.over_seeds(lambda cell: cell["held_out"][headline]).text(),
+            row.over_seeds(held_out_of).text(),
             f"{row.over_seeds(lambda cell: cell['num_heads']).mean:g}",
             f"{cell['num_experts']}",
         ]
@@ -242,17 +242,18 @@ def table_of(rows: Sequence[Row], headline: str) -> list[list[str]]:
     return lines
 
 
+def held_out_of(cell: Cell) -> float | None:
+    """What a cell reaches on the held-out rows, by the metric that chooses; None where it is undefined."""
+    return next(iter(cell["held_out"].values()))
+
+
 def blind_of(row: Row, headline: str) -> tuple[str, Estimate | None, Estimate | None] | None:
     """What answering without reading reaches: name, reported and held-out headline (None: undefined); None if not recorded."""
     baselines = [cell.get("baseline") for cell in row.dense]
     if not all(baselines):
         return None
-    reported, held_out = (
-        None
-        if any(found[split][headline] is None for found in baselines)
-        else estimate([found[split][headline] for found in baselines])
-        for split in ("metrics", "held_out")
-    )
+    values = ([found["metrics"][headline] for found in baselines], [held_out_of(found) for found in baselines])
+    reported, held_out = (None if None in found else estimate(found) for found in values)
     return baselines[0]["name"], reported, held_out
 
 
@@ -274,7 +275,7 @@ def csv_text(cells: Sequence[Cell], timings: Timings | None = None) -> str:
     for cell in cells:
         row = {name: cell.get(name) for name in ("key", *_IDENTITY, "seed", "num_heads", "num_experts")}
         row |= {name: cell["metrics"].get(name) for name in metrics}
-        row |= {f"held_out_{name}": cell["held_out"].get(name) for name in metrics}
+        row |= {f"held_out_{name}": value for name, value in cell["held_out"].items()}
         row |= {name: cell[name] for name in ("correct", "rows", "agreement", "num_agreeing")}
         row |= {f"parameters_{name}": count for name, count in cell["parameters"].items()}
         row |= {name: cell.get(name) for name in ("flops", "train_examples", "seconds", "part_seconds", "alpha")}

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from shrp_hf.checkpoints import open_tokenizer
 from shrp_hf.measuring import CostTable, Timing, flop_table, latency_table, measure_throughput
@@ -35,7 +28,7 @@ from shrp_hf.structures import cut, keep_layers, score, thin_plan, thin_reach, u
 from shrp_hf.tasks.baseline import check_learned
 from shrp_hf.tasks.fine_tuned import load_fine_tuned, load_to_fine_tune
 from shrp_hf.tasks.task import Task, for_json, shown
-from shrp_hf.training.recipes import Setup, convert, fine_tune, recover, without_routers
+from shrp_hf.training.recipes import Setup, check_lesson_of, convert, fine_tune, recover, without_routers
 from shrp_hf.workflows.compress.candidates import (
     DENSE,
     Candidate,
@@ -57,7 +50,7 @@ from shrp_hf.workflows.compress.candidates import (
 from shrp_hf.workflows.compress.options import CompressOptions
 from shrp_hf.workflows.compress.search import Trial, best, check_reachable, search, share_text
 from shrp_hf.workflows.compress.verdict import Verdict, write_verdict
-from shrp_hf.workflows.run_directory import check_output, claim, kept_model, problem_when_reopened
+from shrp_hf.workflows.run_directory import check_output, claim, kept_model, problem_when_reopened, save_model, saved_model
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +66,8 @@ class Compression:
     Everything is chosen by measured speed and by quality on the held-out rows. The reported rows only verify the result.
 
     Args:
-        model_name: Hub id or directory of a classifier or regressor fine-tuned on the task, with its tokenizer; or of any
-            encoder, with `dense_epochs`.
+        model_name: Hub id or directory of a model fine-tuned on the task, with its tokenizer; or of any encoder, with
+            `dense_epochs`.
         task: Its task.
         output: Directory for `model` (the result), `report.md`, `trials.png`, `compress.json`, and for what a run that is
             taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`, `speeds.json`.
@@ -106,6 +99,7 @@ class Compression:
         check_drawable()
         set_seed(options.seed)
         self.source = (load_to_fine_tune if options.dense_epochs else load_fine_tuned)(model_name, task)
+        check_lesson_of(options.recipe, task.kind.is_tuned)
         batch_size, length = options.shape
         options = replace(options, shape=(batch_size, fitting_length(length, [self.source], name="shape")))
         self.options = options
@@ -155,7 +149,7 @@ class Compression:
             show(f"Thin layers, by {'FLOPs' if self.table.unit == 'FLOPs' else 'the table of times'}: up to {reach:.2f}x")
         check_reachable(speeds, targets, total, reach)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
-        headline, quality = self.task.headline, self._held_out(DENSE, self.dense())
+        headline, quality = self.task.chosen_by, self._held_out(DENSE, self.dense())
         show(f"Held-out {headline} of the dense model: {shown(quality)}")
         if not options.force:
             check_learned(self.task, quality, self.model_name)
@@ -183,7 +177,7 @@ class Compression:
 
     def _search(self, speeds: dict[Candidate, float], quality: float, show: Say) -> list[Trial]:
         """Trains candidates; whenever one is the best so far it is in `model`, for whoever does not want to wait."""
-        targets, total, headline = self.options.targets, self.source.config.num_hidden_layers, self.task.headline
+        targets, total, headline = self.options.targets, self.source.config.num_hidden_layers, self.task.chosen_by
         done: list[Trial] = []
 
         def attempt(candidate: Candidate) -> Trial:
@@ -204,8 +198,7 @@ class Compression:
         result, folder = self._load(self.output / "trials" / candidate.name), self.output / "model"
         for name in (CARD_NAME, RECORD_NAME):  # of what was there before
             (folder / name).unlink(missing_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        result.save_pretrained(folder)
+        save_model(result, self.tokenizer, folder)
         return result
 
     def speeds(self, choices: list[Candidate]) -> dict[Candidate, float]:
@@ -305,7 +298,7 @@ class Compression:
 
         Args:
             candidate: Which.
-            dense_quality: The dense model's headline metric on the held-out rows.
+            dense_quality: The dense model's metric (`Task.chosen_by`) on the held-out rows.
         """
         model = self._kept(f"trials/{candidate.name}", f"static-{candidate.name}", lambda: self._train(candidate))
         quality = self._held_out(f"trials/{candidate.name}", model)
@@ -346,14 +339,14 @@ class Compression:
         return model
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        return saved_model(folder)
 
     def _held_out(self, folder: str, model: PreTrainedModel) -> float:
         path = self.output / folder / "held_out.json"
         if not path.exists():
             metrics = self.task.compute_metrics(self.predict(model, self.data["validation"], self.tokenizer))
             write_text(path, json.dumps(for_json(metrics)) + "\n")
-        quality = json.loads(path.read_text(encoding="utf-8"))[self.task.headline]
+        quality = json.loads(path.read_text(encoding="utf-8"))[self.task.chosen_by]
         return math.nan if quality is None else quality
 
     def _timings(self, candidate: Candidate) -> dict[str, Timing]:

@@ -37,7 +37,7 @@ class Verdict:
         model_name: Hub id or directory of what was compressed.
         options: What it aimed at, and how it trained.
         num_layers: Layers of the model.
-        dense_quality: The dense model's headline metric on the held-out rows.
+        dense_quality: The dense model's metric (`Task.chosen_by`) on the held-out rows.
         speeds: Predicted speed-up of every candidate, untrained.
         trials: The candidates that were trained, in order.
         chosen: The one that was kept.
@@ -115,7 +115,7 @@ def write_verdict(
     points = {t.candidate.name: [_point(t, task)] for t in verdict.trials if not math.isnan(t.quality)}
     picture = "No picture: the quality of every candidate is undefined.\n"
     if points:
-        plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.headline}")
+        plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.chosen_by}")
         picture = "![quality against speed](trials.png)\n"
     write_text(output / "report.md", _report(verdict, task, reported, picture, compare_models(rows, scores, task)))
     summary = {
@@ -145,7 +145,7 @@ def _listed(trial: Trial, verdict: Verdict) -> dict[str, Any]:
 
 
 def _point(trial: Trial, task: Task) -> tuple[float, float, float, float]:
-    interval = Score.of(task.headline, trial.quality, len(task.validation)).interval
+    interval = Score.of(task.chosen_by, trial.quality, len(task.validation)).interval
     return trial.speedup, trial.quality, *(interval or (trial.quality, trial.quality))
 
 
@@ -163,7 +163,7 @@ def _report(verdict: Verdict, task: Task, reported: Reported, picture: str, comp
     problem = f"\n**Not verified**: {verdict.problem}\n" if verdict.problem else ""
     return f"""# {task.name}: {verdict.targets}
 
-{_headline(verdict, task.headline)} The model is in `model`.
+{_headline(verdict, task.chosen_by)} The model is in `model`.
 {problem}
 {_on_reported_rows(task.headline, verdict.targets, reported)}
 
@@ -225,7 +225,7 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
 
 
 def _trial_table(verdict: Verdict, task: Task) -> str:
-    total, headline, blind = verdict.num_layers, task.headline, baseline_of(task, task.validation)
+    total, headline, blind = verdict.num_layers, task.chosen_by, baseline_of(task, task.validation)
     blind_quality = blind.metrics[headline]
     lines = [f"| tried | what it is | predicted | measured | held-out {headline} | of dense | |"]
     lines += [
