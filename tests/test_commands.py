@@ -1,5 +1,6 @@
 """The commands, from a plain checkpoint and a folder of data to a model that loads."""
 
+import inspect
 import io
 import json
 import logging
@@ -15,10 +16,12 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, BertTokenizer, TrainerState
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from shrp_hf import ShrpBertForSequenceClassification, cli, prune_heads
 from shrp_hf.cli.app import NOT_VERIFIED
+from shrp_hf.cli.panels import PANELS
 from shrp_hf.cli.progress import one_bar_each
 from shrp_hf.measuring import CostTable
 from shrp_hf.plans.budget import Serving
@@ -318,6 +321,28 @@ def test_inspect_prints_layers_and_the_three_counts(plain):
     assert result.exit_code == 0, result.output
     assert "ordinary" in result.output
     assert "encoder + pooler" in result.output
+
+
+def test_inspect_prints_json_alone_for_scripts(plain):
+    found = json.loads(run("inspect", plain, "--json").stdout)
+    assert found["model_type"] == "shrp_bert"
+    assert [(layer["kind"], len(layer["kept"])) for layer in found["layers"]] == [("ordinary", 4)] * len(found["layers"])
+    assert found["parameters"]["encoder"] < found["parameters"]["whole"]
+
+
+def test_every_option_has_one_panel_and_every_panel_options():
+    listed = [name for names in PANELS.values() for name in names.split()]
+    assert len(listed) == len(set(listed))
+    commands = [inspect.signature(command.callback).parameters for command in cli.app.registered_commands]
+    options = {
+        name
+        for parameters in commands
+        for name, parameter in parameters.items()
+        if any(isinstance(info, OptionInfo) for info in parameter.annotation.__metadata__)
+    }
+    assert options == set(listed)
+    text = run("prune", "--help").stdout
+    assert [title for title in PANELS if title in text] == list(PANELS)
 
 
 @pytest.mark.parametrize("command", ["inspect", "train", "prune", "demo", "card"])

@@ -9,6 +9,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from shrp_hf.cli.app import EXIT_CODES
+
 ROOT = Path(__file__).parents[2]
 COPIED = {
     "index.md": "README.md",
@@ -39,7 +41,8 @@ def command_line() -> str:
     """Returns the page of all commands, as `typer` writes it from the application."""
     command = [sys.executable, "-m", "typer", "shrp_hf.cli", "utils", "docs", "--name", "shrp-hf"]
     page = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return page.replace("# `shrp-hf`", "# Command line", 1)
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
+    return page.replace("# `shrp-hf`", "# Command line", 1) + f"\n## Exit codes\n\n| code | meaning |\n|---:|---|\n{codes}\n"
 
 
 def _from_the_root(path: Path) -> str:

@@ -7,9 +7,12 @@ from shrp_hf.cli.compare import compare
 from shrp_hf.cli.compress import compress
 from shrp_hf.cli.export import export
 from shrp_hf.cli.inspect import inspect
+from shrp_hf.cli.panels import arrange
 from shrp_hf.cli.prune import prune
 from shrp_hf.cli.train import demo, train
 from shrp_hf.cli.trim_vocabulary import trim_vocabulary
+
+arrange(app)
 
 __all__ = [
     "app",

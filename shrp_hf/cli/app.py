@@ -12,7 +12,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from shrp_hf.tasks import Reading, Task
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console()
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id or directory of a model.")]
@@ -39,6 +39,7 @@ TaskOption = Annotated[
     Literal["classification", "multilabel", "regression", "tokens", "ranking", "embeddings"] | None,
     typer.Option(help="Kind of task, where the data do not say."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone, for scripts.")]
 FORCE_HELP = "Go on with a dense model that is no better than the majority class."
 OutputOption = Annotated[Path, typer.Option(help="Directory for what is written.")]
 RecipeOption = Annotated[
@@ -54,7 +55,13 @@ EXPERT_SELECTOR_HELP = (
 ExpertSelectorOption = Annotated[str | None, typer.Option(help=EXPERT_SELECTOR_HELP)]
 NOT_MET = 3
 NOT_VERIFIED = 4
-"""Exit codes of a command that has written all it was to write: a target is missed; the result is not what was trained."""
+EXIT_CODES = {
+    0: "All is well.",
+    1: "An error, in one line; `--verbose` shows its trace. What was finished before is kept, and taken up by the next start.",
+    2: "An option is unknown, or its value is not of its kind.",
+    NOT_MET: "`compress`: a target is missed. The best model found is written, and the report says what it reaches.",
+    NOT_VERIFIED: "All is written, but the model gives other outputs in a new process than where it was trained.",
+}
 SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 

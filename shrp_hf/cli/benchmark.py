@@ -1,5 +1,7 @@
 """`shrp-hf benchmark`."""
 
+import json as formats
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +9,7 @@ import typer
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from shrp_hf.cli.app import app, console, list_option, shape_of
+from shrp_hf.cli.app import JsonOption, app, console, list_option, shape_of
 
 
 @app.command()
@@ -28,6 +30,7 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="Of PyTorch's weights: float32, bfloat16, float16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Directory for benchmark.md, .json and .png.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Measures models side by side as they are served: latency, throughput, memory, and what FLOPs had promised.
 
@@ -39,7 +42,7 @@ def benchmark(
     from shrp_hf.export import load_for_export
     from shrp_hf.measuring.environment import command_line, environment, instruction_sets, versions_of
     from shrp_hf.tasks.files import read_texts
-    from shrp_hf.workflows.benchmark import ServingOptions, measure_serving, write_serving
+    from shrp_hf.workflows.benchmark import ServingOptions, figures_of, measure_serving, write_serving
     from shrp_hf.workflows.run_directory import check_output
 
     if output is not None:
@@ -58,9 +61,13 @@ def benchmark(
     about = {**environment(), "instruction sets": instruction_sets(), "threads": used.num_threads}
     about |= {**versions_of("onnxruntime", "openvino", "nncf"), "dtype": dtype, "command": command_line()}
     text = "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n\n" + result.markdown()
-    console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
+    if json:
+        sys.stdout.write(formats.dumps(figures_of(result, about)) + "\n")
+    else:
+        console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     if output is not None:
         write_serving(result, about, output)
+    if output is not None and not json:
         console.print(f"Written to {output}: benchmark.md, benchmark.json, benchmark.png.", soft_wrap=True)
 
 

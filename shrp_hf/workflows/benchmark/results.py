@@ -135,6 +135,16 @@ def _shortfall(row: ServingRow) -> str:
     return f"- {row.model}, {row.runtime}: {reached}"
 
 
+def figures_of(result: ServingResult, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what was measured as plain values.
+
+    Args:
+        result: From `measure_serving`.
+        about: Machine, versions, date and command.
+    """
+    return {"about": dict(about), "agreement": dict(result.agreement), "rows": [row.summary() for row in result.rows]}
+
+
 def write_serving(result: ServingResult, about: Mapping[str, Any], output: Path) -> None:
     """Writes `benchmark.md`, `benchmark.json` and `benchmark.png` into a directory.
 
@@ -149,8 +159,7 @@ def write_serving(result: ServingResult, about: Mapping[str, Any], output: Path)
     output.mkdir(parents=True, exist_ok=True)
     lines = "\n".join(f"- {name}: {value}" for name, value in about.items())
     write_text(output / "benchmark.md", f"# Benchmark\n\n{lines}\n\n{result.markdown()}")
-    figures = {"about": dict(about), "agreement": dict(result.agreement), "rows": [row.summary() for row in result.rows]}
-    write_text(output / "benchmark.json", json.dumps(figures, indent=2) + "\n")
+    write_text(output / "benchmark.json", json.dumps(figures_of(result, about), indent=2) + "\n")
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for row in result.rows:
         panels.setdefault(row.workload, {}).setdefault(row.runtime, {})[row.model] = row.speedup
