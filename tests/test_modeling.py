@@ -2,6 +2,7 @@
 
 import copy
 import re
+import threading
 
 import pytest
 import torch
@@ -297,6 +298,22 @@ def test_decoder_is_refused():
     message = "`is_decoder=True` is not supported: shrp_hf makes encoders smaller. Set it to False."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         to_shrp(BertModel(BertConfig(**SIZES, is_decoder=True)))
+
+
+def test_threads_that_share_a_routed_model_do_not_share_their_masks():
+    model, mine, other = tiny_routed(2), batch("left"), batch("right", seed=4)
+    expected, others = logits_of(model, "left"), []
+
+    def meanwhile(*_):
+        handle.remove()
+        thread = threading.Thread(target=lambda: others.append(model(**other).logits))
+        thread.start()
+        thread.join()
+
+    handle = model.layers[0].register_forward_hook(meanwhile)
+    with torch.no_grad():
+        assert torch.equal(model(**mine).logits, expected)
+        assert torch.equal(others[0], model(**other).logits)
 
 
 # --- what others do with the models ---
