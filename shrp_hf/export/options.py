@@ -26,7 +26,7 @@ class ExportOptions:
         precision: "float32"; "int8": int8 weights, activations quantised as they come; of OpenVINO also "float16" (weights)
             and "int8-static": activations quantised too, by scales that NNCF finds on rows of the task.
         graph: Of an ONNX file: "fused" (operators that only ONNX Runtime has), "portable" (standard operators alone, which
-            OpenVINO, TensorRT and others read), or "fastest": whichever answers sooner in ONNX Runtime on this machine.
+            OpenVINO reads too), or "fastest": whichever answers sooner in ONNX Runtime on this machine.
         opset: Version of the standard operators of a portable file, 18 to 23; None takes 20.
         embeddings: How the word embeddings are kept: "float32", "float16", or "int8" with a scale for each row; they are
             turned back row by row as they are read. None: float32 in an ONNX file, else the file's precision.
