@@ -55,7 +55,7 @@ def test_rates_are_as_they_were_afterwards():
     model = tiny_routed(2)
 
     def rates():
-        return [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [model.layers[2].attention.self.dropout]
+        return [m.p for m in model.modules() if isinstance(m, nn.Dropout)] + [model.layers[2].experts.attention_dropout]
 
     before = rates()
     with dropout_rates(model, hidden=0.3, attention=0.4):

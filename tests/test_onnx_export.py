@@ -156,10 +156,8 @@ def _traced_before(written_graphs, monkeypatch):
 # --- the text side, and a process without torch ---
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    """A saved static classifier with a tokenizer that knows the built-in sentences, and its int8 export."""
-    folder = tmp_path_factory.mktemp("classifier")
+def write_classifier(folder):
+    """Saves a static classifier that does not name one class for all built-in sentences, with a tokenizer that knows them."""
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "!", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
     tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
@@ -170,6 +168,11 @@ def classifier(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
 ALONE = """
@@ -576,7 +579,7 @@ def test_a_missing_extra_is_named(package, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param(("--dataset", "sst2", "--texts", "x.txt"), "Give one of `--dataset` and `--texts`", id="both"),
+        pytest.param(("--dataset", "sst2", "--texts", "x.txt"), "Give one of `--dataset` (or `--corpus`) and", id="both"),
         pytest.param(("--data-dir", "x"), "`--data-dir x` belongs to `--dataset`", id="no data set"),
     ],
 )

@@ -108,7 +108,7 @@ def sentence_vectors(
 
 def vectors_of(model: Any, outputs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The vectors of a batch of sentences, (batch, width), from the outputs of an embedding model; None of another model."""
-    if outputs.get(EMBEDDING) is not None:
+    if isinstance(outputs, Mapping) and outputs.get(EMBEDDING) is not None:
         return outputs[EMBEDDING]  # of a teacher that was stored
     embedding = embedding_of(model)
     return None if embedding is None else sentence_vectors(embedding, outputs["last_hidden_state"], attention_mask)

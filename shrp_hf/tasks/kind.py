@@ -149,11 +149,19 @@ class Kind(ABC):
         return [row if len(row) > 1 else row[0] for row in zip(*parts, strict=True)]
 
     def count(self, rows: Dataset) -> int:
-        """Returns how many units (`unit`) a metric over `rows` is computed over."""
+        """Returns how many units (`unit`) a metric over `rows` is computed over.
+
+        Args:
+            rows: Of the task.
+        """
         return len(rows)
 
     def unit(self, rows: Dataset) -> str:
-        """Returns what is counted, in the plural."""
+        """Returns what is counted, in the plural.
+
+        Args:
+            rows: Of the task.
+        """
         return "rows"
 
     @abstractmethod
