@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from shrp_hf import cli
 from shrp_hf.export.sentences import SENTENCES
-from shrp_hf.workflows.vocabulary import TrimOptions, trim, trim_vocabulary
+from shrp_hf.workflows.vocabulary import TrimOptions, copy_sentence_modules, trim, trim_vocabulary
 from shrp_hf.workflows.vocabulary.tokens import Vocabulary
 from tests.tiny import randomize_, same_state, tiny_bert
 
@@ -198,6 +198,23 @@ def test_held_out_texts_are_reported_on(tmp_path):
     assert result.unknown[1] > result.unknown[0]
     own = trim_vocabulary(model, tokenizer, CORPUS, tmp_path, NOTHING_MORE)
     assert own.held_out_texts == 1
+
+
+def test_what_sentence_transformers_saved_is_copied(tmp_path):
+    source, output = tmp_path / "model", tmp_path / "out"
+    (source / "1_Pooling").mkdir(parents=True)
+    output.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}", encoding="utf-8")
+    (source / "sentence_bert_config.json").write_text("{}", encoding="utf-8")
+    copy_sentence_modules(source, output)
+    assert not list(output.iterdir())
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Normalize", "../elsewhere")]
+    (source / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    copy_sentence_modules(source, output)
+    found = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    assert found == ["1_Pooling/config.json", "modules.json", "sentence_bert_config.json"]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # --- refusals ---

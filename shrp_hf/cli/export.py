@@ -1,6 +1,7 @@
 """`shrp-hf export`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,25 +100,26 @@ def export(
 
 
 def _say(path: Path) -> None:
+    say = partial(console.print, soft_wrap=True)
     files = [path, *path.parent.glob("model.bin")] if path.suffix == ".xml" else [path]
     record: dict[str, Any] = json.loads(
         (path.parent / ("openvino.json" if len(files) > 1 else "onnx.json")).read_text("utf-8")
     )
-    console.print(f"Float32 outputs differ by {record['float32']['largest_difference']:.1e} of the largest at most.")
+    say(f"Float32 outputs differ by {record['float32']['largest_difference']:.1e} of the largest at most.")
     if "agreement" in record:
         found = record["agreement"]
         share = "undefined" if found["agreement"] is None else format(found["agreement"], ".4f")
-        console.print(f"{record['precision']} agrees on {share} ({found['measure']}).")
+        say(f"{record['precision']} agrees on {share} ({found['measure']}).")
     if "quality" in record:
         found = record["quality"]
         low, high = found["interval"]
-        console.print(
+        say(
             f"Held-out {found['metric']}: {found['model']:.4f} in PyTorch, {found['file']:.4f} in the file, on "
             f"{found['rows']} rows (95% interval of the loss {low:.4f} to {high:.4f})."
         )
     if record.get("graph", {}).get("milliseconds"):
         times = ", ".join(f"{name} {value:.1f} ms" for name, value in record["graph"]["milliseconds"].items())
-        console.print(f"Kept the {record['graph']['kept']} graph ({times} for three batches on this machine).")
+        say(f"Kept the {record['graph']['kept']} graph ({times} for three batches on this machine).")
     names = ", ".join(file.name for file in files)
     size = sum(file.stat().st_size for file in files) / 1e6
-    console.print(f"Written to {path.parent}: {names} ({size:.1f} MB), config, tokenizer, {record['format']}.json.")
+    say(f"Written to {path.parent}: {names} ({size:.1f} MB), config, tokenizer, {record['format']}.json.")

@@ -31,7 +31,7 @@ def trim_vocabulary(
     from shrp_hf.export import load_for_export
     from shrp_hf.tasks.files import read_texts
     from shrp_hf.workflows.run_directory import check_output
-    from shrp_hf.workflows.vocabulary import TrimOptions
+    from shrp_hf.workflows.vocabulary import TrimOptions, copy_sentence_modules
     from shrp_hf.workflows.vocabulary import trim_vocabulary as trim
 
     options = TrimOptions(floor, alphabet)
@@ -39,6 +39,7 @@ def trim_vocabulary(
     texts = read_texts(corpus, "corpus")
     others = None if held_out is None else read_texts(held_out, "held-out")
     result = trim(*load_for_export(model), texts, output, options, others)
+    copy_sentence_modules(Path(model).expanduser(), output)
     before, after = result.tokens
     console.print(f"Tokens: {before:,} to {after:,}. Parameters: {result.parameters[0]:,} to {result.parameters[1]:,}.")
     console.print(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from shrp_hf.workflows.vocabulary.tokens import Vocabulary, encode, unlimited
 SAME = 1e-10  # of the largest output, in float64
 MOST_COMPARED = 64  # texts on which outputs are compared; how all of them are read is compared in any case
 HELD_OUT = 10  # one line in so many
+_SENTENCE_FILES = ("sentence_bert_config.json", "config_sentence_transformers.json", "modules.json")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,26 @@ def trim_vocabulary(
             for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(output / path.name)
     return result
+
+
+def copy_sentence_modules(source: str | Path, output: str | Path) -> None:
+    """Copies what sentence-transformers saved beside a model (pooling, normalisation), which no vocabulary changes.
+
+    Args:
+        source: Directory of the model; nothing is copied where it is none, or holds no `modules.json`.
+        output: Directory of the trimmed one.
+    """
+    source, output = Path(source), Path(output)
+    if not (source / "modules.json").is_file():
+        return
+    with writing_to(output):
+        for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+            folder = source / module["path"]
+            if module["path"] and folder.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+                shutil.copytree(folder, output / folder.relative_to(source), dirs_exist_ok=True)
+        for name in _SENTENCE_FILES:
+            if (source / name).is_file():
+                shutil.copy(source / name, output / name)
 
 
 def trimmed_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
