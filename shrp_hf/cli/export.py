@@ -54,7 +54,7 @@ def export(
     from shrp_hf.tasks.files import read_texts
 
     if texts is not None and (dataset is not None or corpus is not None):
-        raise ValueError("Give one of `--dataset` (or `--corpus`) and `--texts`, not both.")
+        raise ValueError("Give one of `--dataset` and `--texts`, not both; a `--corpus` is a data set.")
     given = {"data-dir": data_dir, "text-column": text_column, "text-pair-column": text_pair_column}
     given |= {"label-column": label_column, "task": task}
     for name, value in given.items():
