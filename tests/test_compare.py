@@ -417,7 +417,7 @@ def test_killed_run_resumes_and_two_runs_share_the_work(work, tmp_path, quick):
     tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("killed", "whole")]
     assert tables[0] == tables[1]
     done = [json.loads(path.read_text(encoding="utf-8"))["key"] for path in (tmp_path / "killed" / "cells").glob("*.json")]
-    assert len(done) == len(set(done)) == 2 * (1 + 2 * 2 + 1)
+    assert len(done) == len(set(done)) == 2 * (1 + 1 + 2 * 2 + 1)  # dense and its control, heads, experts
 
 
 def test_claim_is_one_process_s_and_dies_with_it(tmp_path):

@@ -579,7 +579,7 @@ def test_a_missing_extra_is_named(package, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param(("--dataset", "sst2", "--texts", "x.txt"), "Give one of `--dataset` (or `--corpus`) and", id="both"),
+        pytest.param(("--dataset", "sst2", "--texts", "x.txt"), "Give one of `--dataset` and `--texts`", id="both"),
         pytest.param(("--data-dir", "x"), "`--data-dir x` belongs to `--dataset`", id="no data set"),
     ],
 )

@@ -77,7 +77,7 @@ def export(
     from shrp_hf.workflows.run_directory import check_output
 
     if texts is not None and (dataset is not None or corpus is not None):
-        raise ValueError("Give one of `--dataset` (or `--corpus`) and `--texts`, not both.")
+        raise ValueError("Give one of `--dataset` and `--texts`, not both; a `--corpus` is a data set.")
     if int8 and precision not in ("float32", "int8"):
         raise ValueError(f"Give one of `--int8` and `--precision {precision}`, not both.")
     given = {"data-dir": data_dir, "text-column": text_column, "text-pair-column": text_pair_column}
