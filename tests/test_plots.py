@@ -216,3 +216,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"shrp-hf\[plots\]"):
         plot_usage(USAGE, tmp_path / "x.png")
+
+
+def test_speedups_stand_between_labelled_ticks():
+    assert curves._ticks(2.98, 5.87) == [2, 3, 4, 6]
+    assert curves._ticks(1, 17) == [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24]
