@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shrp_hf.measuring.cost import ParameterCount
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.measuring.timing import Timing
 
 
@@ -69,12 +70,11 @@ def report_table(rows: Sequence[ModelReport], blind: tuple[str, tuple[int, int] 
         if first.timing is None:
             raise ValueError(f"`rows[0]` ({first.name!r}) must have a timing when others do: ratios are against it.")
         columns["Throughput"] = lambda row: _throughput_cell(row, first)
-    lines = [" | ".join(columns), " | ".join(["---"] + ["---:"] * (len(columns) - 1))]
-    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
+    lines = [[cell(row) for cell in columns.values()] for row in rows]
     if blind is not None:
         cells = [blind[0]] + [_accuracy_of(blind[1])] * any(row.correct for row in rows)
-        lines.append(" | ".join([*cells, *["-"] * (len(columns) - len(cells))]))
-    return "\n".join(f"| {line} |" for line in lines)
+        lines.append([*cells, *["-"] * (len(columns) - len(cells))])
+    return markdown_table([*columns], lines)
 
 
 def _accuracy_of(correct: tuple[int, int] | None) -> str:

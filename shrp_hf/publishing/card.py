@@ -10,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 
 from shrp_hf.card_parts import PIPELINES, loading_section
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.publishing.record import RECORD_NAME, Measured, RunRecord, Score, kept_heads
 from shrp_hf.publishing.report import write_text
 from shrp_hf.tasks.task import shown
@@ -177,11 +178,6 @@ def _metadata(record: RunRecord, embeds: bool) -> ModelCardData:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _score(score: Score) -> str:
     count = f"; {score.correct:,} of {score.total:,}" if score.correct is not None else ""
     interval = f" (95%: {score.interval[0]:.4f} to {score.interval[1]:.4f}{count})" if score.interval else ""
@@ -193,7 +189,7 @@ def _quality(record: RunRecord) -> str:
         return ""
     scores = [{score.metric: _score(score) for score in measured.scores} for measured in record.measured]
     cells = [[metric, *(cell.get(metric, "not measured") for cell in scores)] for metric in scores[-1]]
-    return _table(["metric", *(m.name for m in record.measured)], cells)
+    return markdown_table(["metric", *(m.name for m in record.measured)], cells)
 
 
 def _cost(record: RunRecord) -> str:
@@ -212,7 +208,7 @@ def _cost(record: RunRecord) -> str:
         speeds = [m.speed for m in record.measured]
         rows.append(["median latency of a batch", *(f"{speed.p50_ms:.2f} ms" for speed in speeds)])
         rows.append(["throughput", *(f"{s.sequences_per_second:,.1f} sequences/s ({s.ratio:.2f}x)" for s in speeds)])
-    return _table(["", *(m.name for m in record.measured)], rows)
+    return markdown_table(["", *(m.name for m in record.measured)], rows)
 
 
 def _kept(record: RunRecord, widths: Sequence[int] | None) -> str:
@@ -230,7 +226,7 @@ def _kept(record: RunRecord, widths: Sequence[int] | None) -> str:
     if widths is not None:
         header.append("neurons")
         rows = [[*row, f"{width:,}" if width else ""] for row, width in zip(rows, widths, strict=True)]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _limits(record: RunRecord, embeds: bool) -> list[str]:

@@ -18,6 +18,7 @@ from shrp_hf.defaults import (
     SERVED_SHAPE,
     SIGNATURE_SIZE,
 )
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.plans.budget import Budget, Serving
 from shrp_hf.plans.keep_plan import KeepPlan
@@ -244,8 +245,8 @@ def _kept(plan: KeepPlan) -> str:
 def _layers(plan: KeepPlan) -> str:
     if plan.neurons is None:
         return "Head pruning alone saves little: half the heads of BERT-base are 13% of its parameters and 18% of its FLOPs."
-    rows = [f"| {i} | {len(h)} | {len(n)} |" for i, (h, n) in enumerate(zip(plan.kept, plan.neurons, strict=True))]
-    return "\n".join(["| layer | heads | neurons |", "|---:|---:|---:|", *rows])
+    counts = enumerate(zip(plan.kept, plan.neurons, strict=True))
+    return markdown_table(("layer", "heads", "neurons"), ((str(i), str(len(h)), str(len(n))) for i, (h, n) in counts), 0)
 
 
 def _report(output: Path, record: RunRecord, task: Task, selector: Selector, plan: KeepPlan, comparison: str) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shrp_hf.measuring import Timing
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.publishing.plots import plot_speed
 from shrp_hf.publishing.report import write_text
 
@@ -125,9 +126,7 @@ class ServingResult:
             "Weights": lambda row: f"{row.weight_bytes / 1e6:.1f}",
             "Activations": lambda row: "-" if row.activation_bytes is None else f"{row.activation_bytes / 1e6:.1f}",
         }
-        lines = [" | ".join(columns), " | ".join(["---"] * 2 + ["---:"] * (len(columns) - 2))]
-        lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
-        return "\n".join(f"| {line} |" for line in lines)
+        return markdown_table([*columns], ([cell(row) for cell in columns.values()] for row in rows), 2)
 
 
 def _shortfall(row: ServingRow) -> str:

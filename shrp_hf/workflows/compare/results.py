@@ -15,12 +15,12 @@ from shrp_hf.workflows.compare.tables import (
     Cell,
     Row,
     csv_text,
-    markdown_table,
     no_share,
     read_cells,
     routing_of,
     rows_of,
     table_of,
+    table_page,
 )
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -52,7 +52,7 @@ def write_results(output: Path) -> list[Path]:
     rows = rows_of(cells, timings)
     written = {
         output / "cells.csv": csv_text(cells, timings),
-        output / "table.md": markdown_table(rows, headline),
+        output / "table.md": table_page(rows, headline),
     }
     for path, text in written.items():
         write_text(path, text)

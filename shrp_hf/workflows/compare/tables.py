@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.tasks.task import shown
 
 Cell = Mapping[str, Any]
@@ -184,12 +185,11 @@ def _training(cell: Cell) -> tuple[Any, ...]:
     return cell["seed"], cell.get("recipe"), cell.get("recovery_epochs")
 
 
-def markdown_table(rows: Sequence[Row], headline: str) -> str:
-    """Returns `table_of` as Markdown."""
+def table_page(rows: Sequence[Row], headline: str) -> str:
+    """Returns `table_of` as Markdown, and why there are no shares where there are none."""
     titles, *lines = table_of(rows, headline)
-    lines = [titles, ["---", "---"] + ["---:"] * (len(titles) - 2), *lines]
     reason = no_share(rows, headline)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + (f"\n{reason}\n" if reason else "")
+    return markdown_table(titles, lines, 2) + "\n" + (f"\n{reason}\n" if reason else "")
 
 
 def no_share(rows: Sequence[Row], headline: str) -> str:

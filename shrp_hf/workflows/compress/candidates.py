@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shrp_hf.families import head_layout
 from shrp_hf.measuring import CostTable, Timing
 from shrp_hf.measuring.latency import NEURON_STEP
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import to_shrp
 from shrp_hf.structures import spread_layers
@@ -369,14 +370,11 @@ def speed_table(speeds: Mapping[Candidate, float], speedup: float | None) -> str
     tables = []
     others = [candidate for candidate in speeds if not isinstance(candidate, Experts)]
     if others:
-        lines = [f"| {candidate.name} | {cell(candidate)} |" for candidate in others]
-        tables.append("\n".join(["| candidate | speed |", "|---|---:|", *lines]))
+        tables.append(markdown_table(("candidate", "speed"), ((candidate.name, cell(candidate)) for candidate in others)))
     grid = {(c.num_layers, c.keep): cell(c) for c in speeds if isinstance(c, Experts)}
     if grid:
         keeps = sorted({keep for _, keep in grid})
-        lines = ["| layers converted | " + " | ".join(f"{keep} expert{'s' * (keep > 1)}" for keep in keeps) + " |"]
-        lines.append("|---:|" + "---:|" * len(keeps))
-        for layers in sorted({layers for layers, _ in grid}):
-            lines.append(f"| {layers} | " + " | ".join(grid[layers, keep] for keep in keeps) + " |")
-        tables.append("\n".join(lines))
+        header = ["layers converted", *(f"{keep} expert{'s' * (keep > 1)}" for keep in keeps)]
+        lines = ([str(layers), *(grid[layers, keep] for keep in keeps)] for layers in sorted({layers for layers, _ in grid}))
+        tables.append(markdown_table(header, lines, 0))
     return "\n\n".join(tables)

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from shrp_hf.defaults import CALIBRATION_SAMPLES
 from shrp_hf.measuring import Timing
 from shrp_hf.measuring.environment import command_line, environment
+from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.publishing.card import write_card
 from shrp_hf.publishing.plots import plot_frontier
 from shrp_hf.publishing.record import Rows, RunRecord, Score, expert_choice, origin
@@ -227,20 +228,15 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
 def _trial_table(verdict: Verdict, task: Task) -> str:
     total, headline, blind = verdict.num_layers, task.chosen_by, baseline_of(task, task.validation)
     blind_quality = blind.metrics[headline]
-    lines = [f"| tried | what it is | predicted | measured | held-out {headline} | of dense | |"]
-    lines += [
-        "|---|---|---:|---:|---:|---:|---|",
-        f"| {blind.name} | | | | {share_text(blind_quality, '.4f')} | | |",
-        f"| dense | {total} layers | | 1.00x | {shown(verdict.dense_quality)} | | |",
-    ]
+    header = ["tried", "what it is", "predicted", "measured", f"held-out {headline}", "of dense", ""]
+    lines = [[blind.name, "", "", "", share_text(blind_quality, ".4f"), "", ""]]
+    lines += [["dense", f"{total} layers", "", "1.00x", shown(verdict.dense_quality), "", ""]]
     for trial in verdict.trials:
         cells = [trial.candidate.name, trial.candidate.describe(total)]
         cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
-        cells += [share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not verdict.dense_quality > 0:
-        lines.append(f"\n{_NO_SHARE.format(headline)}")
-    return "\n".join(lines)
+        lines.append([*cells, share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""])
+    reason = "" if verdict.dense_quality > 0 else f"\n\n{_NO_SHARE.format(headline)}"
+    return markdown_table(header, lines, 2) + reason
 
 
 def _why(verdict: Verdict) -> str:
