@@ -34,3 +34,13 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _imports_frozen() -> None:
     gc.freeze()  # Trainer collects garbage whenever it starts, and would look through all that was ever imported
+
+
+@pytest.fixture
+def openvino_unrestricted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets OpenVINO see the processor that is there.
+
+    Its own oneDNN obeys the variable by which `tests.processors` holds torch's back, while the rest of it goes by the
+    processor, and the two contradict each other ("MVN node: bad combination"). Everything else stays held back.
+    """
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)

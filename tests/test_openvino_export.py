@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from tests.test_families import inputs
 from tests.test_onnx_export import _traced_before, built, small, write_classifier, written_graphs  # noqa: F401, write_classifier
 from tests.tiny import assert_near, tiny_bert
 
+pytestmark = pytest.mark.usefixtures("openvino_unrestricted")
 needs_openvino = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("openvino", "nncf")),
     reason="the extra `openvino` is not installed",
@@ -86,7 +88,7 @@ print(json.dumps(logits.argmax(-1).tolist()))
 @needs_openvino
 @pytest.mark.parametrize("precision", ["float16", "int8", "int8-static"])
 def test_a_process_without_torch_classifies_as_the_model_does(precision, classifier, tmp_path):
-    words = ["--format", "openvino", "--precision", precision, "--min-agreement", "0"]
+    words = ["--format", "openvino", "--precision", precision, "--min-agreement", "0.7"]
     if precision == "int8-static":
         words += ["--calibration", str(classifier.with_name("calibration.txt"))]
     result = CliRunner().invoke(cli.app, ["export", str(classifier), "--output", str(tmp_path), *words])
@@ -100,12 +102,10 @@ def test_a_process_without_torch_classifies_as_the_model_does(precision, classif
     with torch.no_grad():
         expected = model(**encoded).logits.argmax(-1).numpy()
     assert len(set(expected)) > 1
-    found = json.loads(run.stdout)  # weights drawn at random nearly tie, so how many are equal is not certain
-    assert len(found) == len(expected)
-    assert set(found) <= set(range(model.config.num_labels))
+    assert (np.array(json.loads(run.stdout)) == expected).mean() >= 0.7
     record = json.loads((tmp_path / "openvino.json").read_text(encoding="utf-8"))
     assert record["precision"] == precision
-    assert 0 <= record["agreement"]["agreement"] <= 1
+    assert record["agreement"]["agreement"] >= 0.7
     assert record.get("calibrated_on") == ("24 texts" if precision == "int8-static" else None)
     assert record["float32"]["largest_difference"] <= record["float32"]["tolerance"]
     assert {"openvino", "nncf"} <= set(record["versions"])

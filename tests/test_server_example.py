@@ -111,6 +111,7 @@ def test_a_directory_without_a_file_is_refused(server, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("openvino_unrestricted")
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_the_server_answers_under_load_without_torch(format, tmp_path):
     if format == "openvino":

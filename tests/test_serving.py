@@ -101,6 +101,7 @@ def test_onnx_files_are_measured_beside_pytorch_and_removed(models, tmp_path, mo
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0-onnx", "1-onnx"]
 
 
+@pytest.mark.usefixtures("openvino_unrestricted")
 def test_openvino_is_measured_beside_pytorch_and_says_the_same(models, tmp_path):
     pytest.importorskip("openvino"), pytest.importorskip("nncf")
     options = ServingOptions(("eager", "openvino", "openvino-int8"), ((1, 4),), num_rounds=1, num_threads=1)

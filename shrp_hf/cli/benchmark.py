@@ -1,6 +1,6 @@
 """`shrp-hf benchmark`."""
 
-import json as formats
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,7 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="Of PyTorch's weights: float32, bfloat16, float16.")] = "float32",
     rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Directory for benchmark.md, .json and .png.")] = None,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measures models side by side as they are served: latency, throughput, memory, and what FLOPs had promised.
 
@@ -61,13 +61,13 @@ def benchmark(
     about = {**environment(), "instruction sets": instruction_sets(), "threads": used.num_threads}
     about |= {**versions_of("onnxruntime", "openvino", "nncf"), "dtype": dtype, "command": command_line()}
     text = "\n".join(f"- {name}: {value}" for name, value in about.items()) + "\n\n" + result.markdown()
-    if json:
-        sys.stdout.write(formats.dumps(figures_of(result, about)) + "\n")
+    if as_json:
+        sys.stdout.write(json.dumps(figures_of(result, about)) + "\n")
     else:
         console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     if output is not None:
         write_serving(result, about, output)
-    if output is not None and not json:
+    if output is not None and not as_json:
         console.print(f"Written to {output}: benchmark.md, benchmark.json, benchmark.png.", soft_wrap=True)
 
 

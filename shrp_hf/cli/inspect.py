@@ -1,6 +1,6 @@
 """`shrp-hf inspect`."""
 
-import json as formats
+import json
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ from shrp_hf.cli.app import JsonOption, ModelArgument, app, console
 
 
 @app.command()
-def inspect(model: ModelArgument, json: JsonOption = False) -> None:
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Prints layers, heads, experts, neurons, usage and parameter counts.
 
     Example: `shrp-hf inspect out/demo/static`
@@ -23,9 +23,9 @@ def inspect(model: ModelArgument, json: JsonOption = False) -> None:
     loaded = to_shrp(open_model(model)[0])
     config, count, usage = loaded.config, count_parameters(loaded), loaded.usage()
     layers = [_layer(config, i, usage.get(i)) for i in range(config.num_hidden_layers)]
-    if json:
+    if as_json:
         found = {"model": model, "model_type": config.model_type, "layers": layers, "parameters": asdict(count)}
-        sys.stdout.write(formats.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(found) + "\n")
         return
     table = Table(title=f"{model} ({config.model_type})")
     for column in ("layer", "kind", "kept", "heads or experts", "neurons", "usage (sequences per expert)"):

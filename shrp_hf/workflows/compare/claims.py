@@ -26,6 +26,7 @@ def claim(path: Path) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    with lock:
+    try:
         yield True
-    lock.release(force=True)
+    finally:
+        lock.release()
