@@ -26,15 +26,14 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from experiments.screen_data import MASK_ID, WORDS, prepare, read
 from experiments.screen_model import Dropout, Encoder, Scores, score, student_of
 from experiments.screen_training import Lesson, Recipe, Rows, joined, task_losses, teach, train
 
-MAX_LENGTH = 64
 TRAIN_ROWS = 9000
 TASKS = ("stsb", "sst5", "sst2", "mnli")
 SCREENED = ("stsb", "sst5")
-STRUCTURES = ("shrp", "thin")
-MASK_ID = 103
+STRUCTURES = {"shrp": "1:whole,5:expert", "thin": "6:3x240"}
 CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
     "dropout 0.1 everywhere": {"dropout": Dropout(0.1, 0.1, 0.1)},
@@ -122,11 +121,10 @@ class Bench:
             self.splits[name] = Rows(*(x.to(device) for x in (ids, part["types"], lengths, labels)))
         for name, rows in self.splits.items():
             self.splits[name] = rows[: len(rows) if name == "reported" and max_rows >= TRAIN_ROWS else max_rows]
-        weights = {name: value.float() for name, value in prepared["weights"].items()}
-        weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][vocabulary]
+        weights = prepared["weights"] | {WORDS: prepared["weights"][WORDS][vocabulary]}
         torch.manual_seed(seed)
         self.seed, self.device, self.scratch = seed, device, scratch
-        self.dense = Encoder(weights, parts["num_labels"]).to(device)
+        self.dense = Encoder(weights, parts["num_labels"], **prepared["shape"]).to(device)
         self.file = scratch / f"dense-{task}-{seed}.pt"
         self.scores: Scores | None = None
         self.taught: dict[str, Any] = {}
@@ -141,7 +139,7 @@ class Bench:
             return found
         self._open()
         recipe = job.recipe
-        student = student_of(self.dense, job.structure, self.scores, warm=recipe.warm, stepwise=recipe.stepwise)
+        student = student_of(self.dense, STRUCTURES.get(job.structure, job.structure), self.scores, warm=recipe.warm, stepwise=recipe.stepwise)
         student = student.to(self.device)
         rows, taught = self._taught(recipe.augmentation)
         return train(student, Lesson(rows, taught, self.dense, recipe), recipe, job.seed, lambda: self.quality(student))
@@ -191,44 +189,6 @@ class Bench:
         return found
 
 
-def prepare(model: str, data_dir: Path | None, path: Path) -> None:
-    """Writes tokenised rows of all tasks and the weights of the encoder to one file."""
-    from transformers import AutoModel, AutoTokenizer
-
-    from shrp_hf.tasks.loading import load_task
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    encoder = AutoModel.from_pretrained(model).state_dict()
-    prepared: dict[str, Any] = {"weights": {name: value.half() for name, value in encoder.items()}, "tasks": {}}
-    for name in TASKS:
-        task = load_task(name, data_dir, max_train=2 * TRAIN_ROWS)
-        data = task.tokenize(tokenizer, max_length=MAX_LENGTH)
-        train_rows = data["train"]
-        few = list(range(len(train_rows)))[:TRAIN_ROWS]
-        splits = {
-            "train": train_rows.select(few),
-            "extra": train_rows.select(list(range(len(few), len(train_rows)))),
-            "held_out": data["validation"],
-            "reported": data["test"],
-        }
-        prepared["tasks"][name] = {
-            "num_labels": task.num_labels,
-            "splits": {split: _padded(rows) for split, rows in splits.items()},
-        }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(prepared, path)
-
-
-def _padded(rows: Any) -> dict[str, torch.Tensor]:
-    ids, types = torch.zeros(len(rows), MAX_LENGTH, dtype=torch.int16), torch.zeros(len(rows), MAX_LENGTH, dtype=torch.uint8)
-    lengths = torch.zeros(len(rows), dtype=torch.int16)
-    for i, row in enumerate(rows):
-        lengths[i] = len(row["input_ids"])
-        ids[i, : lengths[i]] = torch.tensor(row["input_ids"], dtype=torch.int16)
-        types[i, : lengths[i]] = torch.tensor(row["token_type_ids"], dtype=torch.uint8)
-    return {"ids": ids, "types": types, "lengths": lengths, "labels": torch.tensor(rows["label"], dtype=torch.float)}
-
-
 def screening(seeds: Sequence[int]) -> Iterator[Job]:
     """Every change on the tasks that are screened, and the control: the dense model trained on."""
     for seed in seeds:
@@ -257,7 +217,7 @@ def confirming(names: Sequence[str], controls: Sequence[str], tasks: Sequence[st
             for task in tasks:
                 if task in SCREENED and not set(name.split(" + ")).isdisjoint(UNLABELLED):
                     continue  # all rows of these are trained on
-                structures = STRUCTURES * (name in names) + ("dense",) * (name in controls)
+                structures = [*STRUCTURES] * (name in names) + ["dense"] * (name in controls)
                 for structure in structures:
                     yield Job("confirm", task, seed, structure, name, combined(name))
 
@@ -267,7 +227,7 @@ def work(words: argparse.Namespace, scratch: str, place: int, jobs: Mapping[str,
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prepared = torch.load(words.prepared)
+    prepared = read(words.prepared)
     benches: dict[tuple[str, int], Bench] = {}
     while True:
         job = _next(jobs, place)
@@ -293,9 +253,9 @@ def work(words: argparse.Namespace, scratch: str, place: int, jobs: Mapping[str,
 def _next(jobs: Mapping[str, Any], place: int) -> Job:
     """Waits for a job: of a task of its own, so that the rows stay, else of another."""
     while True:
-        for stride in range(len(TASKS)):
+        for stride in range(len(jobs)):
             try:
-                return jobs[TASKS[(place + stride) % len(TASKS)]].get_nowait()
+                return list(jobs.values())[(place + stride) % len(jobs)].get_nowait()
             except Empty:
                 continue
         time.sleep(0.02)
@@ -304,11 +264,11 @@ def _next(jobs: Mapping[str, Any], place: int) -> Job:
 class Pool:
     """Workers, and the file that results are added to."""
 
-    def __init__(self, words: argparse.Namespace, scratch: str) -> None:
+    def __init__(self, words: argparse.Namespace, scratch: str, tasks: Sequence[str]) -> None:
         self.context = context = multiprocessing.get_context("spawn")
         self.start = time.monotonic()
         self.file = words.output / "results.jsonl"
-        self.jobs = {task: context.Queue() for task in TASKS}
+        self.jobs = {task: context.Queue() for task in tasks}
         self.results = context.Queue()
         self.arguments = (words, scratch), (self.jobs, self.results)
         self.workers: list[Any] = []
@@ -363,8 +323,8 @@ def run(words: argparse.Namespace) -> None:
     """Trains the dense models, then what the verb says."""
     words.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pool = Pool(words, scratch)
         tasks = SCREENED if words.verb == "screen" else words.tasks
+        pool = Pool(words, scratch, tasks)
         dense = [Job("dense", task, seed, "dense", "dense", DENSE_RECIPE) for seed in words.seeds for task in tasks]
         pool.do(dense, words.seconds)
         if words.verb == "screen":
@@ -396,7 +356,7 @@ def main() -> None:
     parser.add_argument("verb", choices=["prepare", "screen", "confirm", "table"])
     parser.add_argument("--model", help="hub id or directory of a BERT encoder, with its tokenizer")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--prepared", type=Path)
+    parser.add_argument("--prepared", type=Path, nargs="+")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seconds", type=float, default=280.0)
@@ -408,7 +368,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=TRAIN_ROWS, help="most rows of a split, for a trial")
     words = parser.parse_args()
     if words.verb == "prepare":
-        prepare(words.model, words.data_dir, words.prepared)
+        prepare(words.model, words.data_dir, words.prepared, words.tasks, TRAIN_ROWS, extra=True, packed=False)
     elif words.verb == "table":
         print(table(words.output))
     else:

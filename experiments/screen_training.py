@@ -157,12 +157,15 @@ class Lesson:
 
     def _hidden(self, hidden: list[torch.Tensor], wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         layers = {
-            "all": slice(1, None),
-            "embeddings too": slice(None),
-            "last": slice(len(hidden) - 1, None),
-            "every second": slice(2, None, 2),
+            "all": range(1, len(hidden)),
+            "embeddings too": range(len(hidden)),
+            "last": [len(hidden) - 1],
+            "every second": range(2, len(hidden), 2),
         }[self.recipe.followed]
-        errors = (torch.stack(hidden[layers], dim=2) - wanted[:, :, layers]).square().mean(dim=(2, 3))
+        # As `shrp_hf.training.distillation.taught_by`: evenly spaced where the student has fewer layers.
+        theirs = [-(-i * (wanted.shape[2] - 1) // (len(hidden) - 1)) for i in layers]
+        ours, wanted = torch.stack([hidden[i] for i in layers], dim=2), torch.stack([wanted[:, :, i] for i in theirs], dim=2)
+        errors = (ours - wanted).square().mean(dim=(2, 3))
         return (errors * weights).sum()
 
     def _relations(

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, MPNetConfig, MPNetModel
 
-from experiments.recipe_screen import CHANGES, STRUCTURES, combined
-from experiments.screen_model import Dropout, Encoder, score, student_of
+from experiments.recipe_screen import CHANGES, combined
+from experiments.frontier import GRIDS, jobs_of, table
+from experiments.screen_data import bert_names, prepare, read
+from experiments.screen_model import Dropout, Encoder, layers_of, score, student_of
 from experiments.screen_training import Lesson, Recipe, Rows, task_losses, teach, train
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
@@ -49,12 +51,12 @@ def scores(dense, rows):
     return score(dense, [batch for _, batch in rows.batches(4)], task_losses)
 
 
-@pytest.mark.parametrize("structure", ["dense", "shrp"])
+@pytest.mark.parametrize("structure", ["dense", "1:whole,2:expert"])
 def test_structures_and_losses_are_the_packages(structure, stock, dense, rows):
     found = scores(dense, rows)
     student = student_of(dense, structure, found).eval()
     theirs = to_shrp(copy.deepcopy(stock))
-    if structure == "shrp":
+    if structure != "dense":
         theirs.convert_layers_([1, 2])
         best = [(int(found.heads[layer].argmax()),) for layer in (1, 2)]
         theirs = prune_heads(theirs, KeepPlan(((0, 1, 2, 3), *best), 4)).eval()
@@ -78,7 +80,7 @@ def test_structures_and_losses_are_the_packages(structure, stock, dense, rows):
 
 
 def test_thin_layers_keep_what_scores_best(dense, rows):
-    thin = student_of(dense, "thin", scores(dense, rows))
+    thin = student_of(dense, "3:3x240", scores(dense, rows))
     assert [(layer.query.out_features, layer.up.out_features) for layer in thin.layers] == [(96, 240)] * 3
 
 
@@ -86,7 +88,7 @@ def test_thin_layers_keep_what_scores_best(dense, rows):
 def test_every_change_trains(name, dense, rows):
     recipe = replace(combined(name), epochs=1.0, batch_size=4)
     dense = dense.float()
-    for structure in STRUCTURES:
+    for structure in ("1:whole,2:expert", "3:3x240"):
         student = student_of(dense, structure, scores(dense, rows), warm=recipe.warm, stepwise=recipe.stepwise)
         before = student.classifier.weight.clone()
         found = train(student, Lesson(rows, teach(dense, rows), dense, recipe), recipe, 0, lambda: {"held_out": 0.5})
@@ -96,3 +98,67 @@ def test_every_change_trains(name, dense, rows):
 
 def test_changes_join():
     assert combined("teacher alone + 10 epochs") == Recipe(task=0.0, epochs=10.0)
+
+
+def test_mpnet_is_the_packages(rows):
+    config = MPNetConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    stock = MPNetModel(config)
+    randomize_(stock)
+    stock = stock.double().eval()
+    encoder = Encoder(bert_names(stock.state_dict()), 2, head_size=16, eps=config.layer_norm_eps).double().eval()
+    rows.ids[rows.ids == 1] = 2  # the padding of MPNet
+    batch = rows.batch(torch.arange(8), 9)
+    ours = encoder(batch["ids"], batch["types"], batch["mask"], Dropout())[1]
+    theirs = stock(batch["ids"], attention_mask=batch["mask"].long(), output_hidden_states=True).hidden_states
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one[batch["mask"]], other[batch["mask"]], **EXACT)
+    cut = student_of(encoder, "1:2x32,1:expert", score(encoder, [batch], lambda x, y: x.square().sum(dim=1)))
+    assert [layer.heads.shape for layer in cut.layers] == [(2,), (1,)]
+    assert cut(batch["ids"], batch["types"], batch["mask"], Dropout())[0].shape == (8, 2)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_every_structure_of_a_grid_has_the_models_layers(grid):
+    jobs = list(jobs_of(grid, [0, 1]))
+    assert {len(layers_of(job.structure)) for job in jobs if job.structure != "dense"} == {6 if grid.rows == 9000 else 12}
+    assert len(jobs) == 2 * len(grid.tasks) * (1 + len(grid.structures) + len(grid.variants))
+
+
+def test_fewer_layers_follow_evenly_spaced_ones(dense, rows):
+    short = student_of(dense, "1:whole,1:none,1:whole", scores(dense, rows))
+    assert len(short.layers) == 2
+    lesson = Lesson(rows, teach(dense.float(), rows), dense, Recipe(task=0.0, logits=0.0))
+    batch = rows.batch(torch.arange(8), 9)
+    ours, theirs = (model(batch["ids"], batch["types"], batch["mask"], Dropout())[1] for model in (short.float(), dense))
+    mask = batch["mask"]
+    expected = (ours[1] - theirs[2])[mask].square().mean() / 2 + (ours[2] - theirs[3])[mask].square().mean() / 2
+    torch.testing.assert_close(lesson.loss(short, torch.arange(8), 9), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_prepared_is_read_back(tmp_path):
+    model, data = small_encoder(tmp_path / "model"), tmp_path / "data"
+    write_rows(data / "SST-2")
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    prepare(str(model), data, paths, ["sst2"], 8, extra=False, packed=True)
+    prepared = read(paths)
+    whole = tmp_path / "whole.pt"
+    prepare(str(model), data, [whole], ["sst2"], 8, extra=False, packed=False)
+    exact = read([whole])
+    assert prepared["shape"] == exact["shape"]
+    used = prepared["vocabulary"][0].long()
+    for name, value in exact["weights"].items():
+        one, other = prepared["weights"][name], value
+        if "word_embeddings" in name:
+            one, other = one[used], other[used]
+        step = other.abs().amax(dim=-1, keepdim=True) / 127 if other.dim() == 2 else torch.tensor(0.0)
+        assert ((one - other).abs() <= 0.51 * step + 1e-7).all(), name
+    for split, part in exact["tasks"]["sst2"]["splits"].items():
+        assert torch.equal(part["ids"], prepared["tasks"]["sst2"]["splits"][split]["ids"])
+    (tmp_path / "results.jsonl").write_text(
+        '{"task": "sst2", "seed": 0, "structure": "dense", "name": "control", "reported": 0.8}\n'
+        '{"task": "sst2", "seed": 0, "structure": "6:3x240", "name": "default", "reported": 0.6}\n',
+        encoding="utf-8",
+    )
+    assert "| thin 3x240 | - (0) | - (0) | 60.0, 75.0% (1) |" in table(GRIDS["minilm"], tmp_path, "reported")
