@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from experiments.screen_data import MASK_ID, WORDS, prepare, read
+from experiments.screen_data import WORDS, prepare, read
 from experiments.screen_model import Dropout, Encoder, Scores, score, student_of
 from experiments.screen_training import Lesson, Recipe, Rows, joined, task_losses, teach, train
 
@@ -110,9 +110,11 @@ class Bench:
 
     def __init__(self, prepared: Mapping[str, Any], task: str, seed: int, scratch: Path, device: str, max_rows: int) -> None:
         parts = prepared["tasks"][task]
-        used = torch.cat([part["ids"].long().flatten() for part in parts["splits"].values()] + [torch.tensor([0, MASK_ID])])
-        vocabulary, self.mask_id = used.unique(), 0
-        self.mask_id = int((vocabulary == MASK_ID).nonzero())
+        used = torch.cat(
+            [part["ids"].long().flatten() for part in parts["splits"].values()] + [torch.tensor([0, prepared["mask_id"]])]
+        )
+        vocabulary = used.unique()
+        self.mask_id = int((vocabulary == prepared["mask_id"]).nonzero())
         self.splits = {}
         for name, part in parts["splits"].items():
             # Rows of the embedding that no task row uses would only cost time.
@@ -139,7 +141,8 @@ class Bench:
             return found
         self._open()
         recipe = job.recipe
-        student = student_of(self.dense, STRUCTURES.get(job.structure, job.structure), self.scores, warm=recipe.warm, stepwise=recipe.stepwise)
+        structure = STRUCTURES.get(job.structure, job.structure)
+        student = student_of(self.dense, structure, self.scores, warm=recipe.warm, stepwise=recipe.stepwise)
         student = student.to(self.device)
         rows, taught = self._taught(recipe.augmentation)
         return train(student, Lesson(rows, taught, self.dense, recipe), recipe, job.seed, lambda: self.quality(student))

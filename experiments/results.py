@@ -1,4 +1,4 @@
-"""The comparisons of docs/results.md: SHRP, selectors and truncation on four tasks, three seeds."""
+"""The comparisons of docs/results/earlier-runs.md: SHRP, selectors and truncation on four tasks, three seeds."""
 
 import argparse
 import sys

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 MAX_LENGTH = 64
-MASK_ID = 103
 WORDS = "embeddings.word_embeddings.weight"
 _BERT_NAMES = {
     "attention.attn.q": "attention.self.query",
@@ -41,6 +40,7 @@ def prepare(
     config = encoder.config
     prepared: dict[str, Any] = {
         "shape": {"head_size": config.hidden_size // config.num_attention_heads, "eps": config.layer_norm_eps},
+        "mask_id": tokenizer.mask_token_id,
         "tasks": {},
     }
     for name in tasks:
@@ -58,7 +58,7 @@ def prepare(
     weights = {name: value.half() for name, value in bert_names(encoder.state_dict()).items()}
     if packed:
         used = [part["ids"].flatten() for task in prepared["tasks"].values() for part in task["splits"].values()]
-        vocabulary = torch.cat([*used, torch.tensor([0, MASK_ID], dtype=torch.int16)]).unique()
+        vocabulary = torch.cat([*used, torch.tensor([0, tokenizer.mask_token_id], dtype=torch.int16)]).unique()
         prepared["vocabulary"] = vocabulary, len(weights[WORDS])
         weights[WORDS] = weights[WORDS][vocabulary.long()]
         weights = {name: _packed(value) if value.dim() == 2 else value for name, value in weights.items()}

@@ -199,8 +199,10 @@ def score(model: Encoder, batches: Sequence[Mapping[str, torch.Tensor]], loss_of
 
 
 def layers_of(structure: str) -> list[str]:
-    """What each layer becomes: "1:whole,5:expert" is one as it was and five experts; "6:3x240", six of 3 heads and 240
-    neurons; "none", a layer that goes."""
+    """What each layer becomes.
+
+    "1:whole,5:expert" is one as it was and five experts; "6:3x240", six of 3 heads and 240 neurons; "none", one that goes.
+    """
     parts = [part.split(":") for part in structure.split(",")]
     return [kind for count, kind in parts for _ in range(int(count))]
 

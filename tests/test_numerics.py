@@ -68,6 +68,13 @@ def test_training_stops_at_a_gradient_that_is_not_finite(tmp_path):
     )
 
 
+def test_gradients_whose_squares_overflow_are_finite(tmp_path):
+    trainer = trainer_for(tmp_path, num_expert_layers=1)
+    trainer.model.classifier.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = bert()
     model.bert.encoder.layer[1].attention.self.key.weight.data[0, 0] = torch.nan

@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, MPNetConfig, MPNetModel
 
-from experiments.recipe_screen import CHANGES, combined
 from experiments.frontier import GRIDS, jobs_of, table
+from experiments.recipe_screen import CHANGES, combined
 from experiments.screen_data import bert_names, prepare, read
 from experiments.screen_model import Dropout, Encoder, layers_of, score, student_of
 from experiments.screen_training import Lesson, Recipe, Rows, task_losses, teach, train
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.training.distillation import hidden_states_loss, logits_loss
-from tests.tiny import randomize_
+from tests.task_kinds import save
+from tests.tiny import randomize_, tiny_bert
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -101,9 +102,7 @@ def test_changes_join():
 
 
 def test_mpnet_is_the_packages(rows):
-    config = MPNetConfig(
-        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
-    )
+    config = MPNetConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
     stock = MPNetModel(config)
     randomize_(stock)
     stock = stock.double().eval()
@@ -138,8 +137,12 @@ def test_fewer_layers_follow_evenly_spaced_ones(dense, rows):
 
 
 def test_what_is_prepared_is_read_back(tmp_path):
-    model, data = small_encoder(tmp_path / "model"), tmp_path / "data"
-    write_rows(data / "SST-2")
+    model, data = save(tiny_bert(), tmp_path / "model"), tmp_path / "data"
+    for split, count in (("train", 60), ("dev", 8), ("test", 10)):
+        lines = [f"{split} number {index}\t{index % 2}" for index in range(count)]
+        path = data / "SST-2" / f"{split}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["sentence\tlabel", *lines, ""]), encoding="utf-8")
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     prepare(str(model), data, paths, ["sst2"], 8, extra=False, packed=True)
     prepared = read(paths)
@@ -161,4 +164,4 @@ def test_what_is_prepared_is_read_back(tmp_path):
         '{"task": "sst2", "seed": 0, "structure": "6:3x240", "name": "default", "reported": 0.6}\n',
         encoding="utf-8",
     )
-    assert "| thin 3x240 | - (0) | - (0) | 60.0, 75.0% (1) |" in table(GRIDS["minilm"], tmp_path, "reported")
+    assert "| thin 3x240 | - | - | 60.0, 75.0% (1) | - | - | - |" in table(GRIDS["minilm"], tmp_path, "reported")
