@@ -271,6 +271,14 @@ def test_prune_refuses_a_teacher_of_another_task_and_an_unknown_recipe(plain, da
     assert not (tmp_path / "out").exists()
 
 
+def test_a_learning_rate_that_would_change_nothing_is_refused(plain, data_dir, tmp_path):
+    task = load_task("sst2", data_dir)
+    with pytest.raises(ValueError, match="^`learning_rate` 0.0001 would change nothing, .*give `recovery_epochs`"):
+        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, learning_rate=1e-4))
+    with pytest.raises(ValueError, match="^`recovery_learning_rate` must be above 0, got -1"):
+        prune_posthoc(plain, task, tmp_path / "out", PruneOptions(keep=0.5, recovery_epochs=1, learning_rate=-1))
+
+
 @pytest.mark.parametrize("options", [{}, {"recovery_epochs": 1, "recipe": "paper"}])
 def test_prune_refuses_a_teacher_that_would_teach_nothing(options, plain, data_dir, tmp_path):
     with pytest.raises(ValueError, match=r"^`teacher` .* would teach nothing: give `recovery_epochs`, and a recipe"):

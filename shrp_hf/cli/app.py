@@ -32,6 +32,10 @@ TextPairColumnOption = Annotated[str | None, typer.Option(help="Column of the se
 LabelColumnOption = Annotated[
     str | None, typer.Option(help="Column of the label, or one of 0 and 1 for each label: a,b,c; default: found by its name.")
 ]
+LearningRateOption = Annotated[
+    float | None,
+    typer.Option(help="Of the training of the small model; default: the recipe's, which is too high for an encoder of 768."),
+]
 PairsOption = Annotated[
     str | None, typer.Option(help="Embeddings: file of texts that belong together, on which a recovery ends.")
 ]

@@ -10,6 +10,7 @@ from shrp_hf.cli.app import (
     DataDirOption,
     DatasetOption,
     LabelColumnOption,
+    LearningRateOption,
     ModelArgument,
     OutputOption,
     PairsOption,
@@ -64,6 +65,7 @@ def prune(
         bool, typer.Option("--output-means/--zeros", help="What is cut leaves its mean in the output bias, or nothing.")
     ] = True,
     recovery_epochs: Annotated[float, typer.Option(help="Epochs of training after the cut.")] = 0.0,
+    learning_rate: LearningRateOption = None,
     recipe: Annotated[str, typer.Option(help="How: default (the unpruned model teaches) or paper (nobody).")] = "default",
     teacher: Annotated[str | None, typer.Option(help="Model that teaches instead: of a routed one, the dense.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
@@ -108,6 +110,7 @@ def prune(
         min_heads_per_layer=min_heads_per_layer,
         output_means=output_means,
         recovery_epochs=recovery_epochs,
+        learning_rate=learning_rate,
         recipe=recipe,
         teacher=teacher,
         bf16=bf16,

@@ -68,7 +68,7 @@ class Recipe:
         distillation_value_relations: Weight of the teacher's value relations.
 
     Raises:
-        ValueError: There is no such `expert_selector`.
+        ValueError: There is no such `expert_selector`, or a learning rate is not above 0.
     """
 
     name: str
@@ -92,6 +92,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.expert_selector not in EXPERT_SELECTORS:
             raise ValueError(f"`expert_selector` must be one of {', '.join(EXPERT_SELECTORS)}, got {self.expert_selector!r}.")
+
+        for name in ("learning_rate", "recovery_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
 
     @property
     def routes(self) -> bool:

@@ -61,6 +61,7 @@ class PruneOptions:
         min_heads_per_layer: Heads that every layer keeps.
         output_means: What is cut leaves its mean contribution, on the calibration rows, in the output bias.
         recovery_epochs: Epochs of training after the cut (CAHP: 3).
+        learning_rate: Of that training; None: the recipe's own.
         recipe: How it is trained then, a name in `RECIPES`.
         teacher: Hub id or directory of the model that teaches then, where the recipe says so; None: the unpruned model.
         bf16: Recover in bfloat16 autocast.
@@ -89,6 +90,7 @@ class PruneOptions:
     min_heads_per_layer: int = MIN_HEADS_PER_LAYER
     output_means: bool = True
     recovery_epochs: float = 0.0
+    learning_rate: float | None = None
     recipe: str = "default"
     teacher: str | None = None
     bf16: bool = False
@@ -151,16 +153,23 @@ def prune_posthoc(
         Path of the report.
 
     Raises:
-        ValueError: An option is out of range or does not suit the selector, a teacher would teach nothing, a model was not
+        ValueError: An option is out of range or does not suit the selector, a teacher or a learning rate
+            would change nothing, a model was not
             fine-tuned on this task or does not open whole, or `output` is the model's own directory.
         ImportError: matplotlib, which draws the pictures, is not installed.
     """
     check_drawable()
-    recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs)
+    recipe = find_recipe(
+        options.recipe, recovery_epochs=options.recovery_epochs, recovery_learning_rate=options.learning_rate
+    )
     if options.teacher is not None and not (options.recovery_epochs and recipe.distils):
         raise ValueError(
             f"`teacher` {options.teacher!r} would teach nothing: give `recovery_epochs`, and a recipe in which the model is "
             f"taught (default), got recovery_epochs={options.recovery_epochs:g} and recipe={options.recipe!r}."
+        )
+    if options.learning_rate is not None and not options.recovery_epochs:
+        raise ValueError(
+            f"`learning_rate` {options.learning_rate:g} would change nothing, for nothing is trained: give `recovery_epochs`."
         )
     check_output(output, [model_name, options.teacher], ("checkpoints",))
     set_seed(options.seed)
