@@ -78,8 +78,9 @@ def compress(
     uniform), expert layers (SHRP), or fewer layers (evenly spread, or the first). It measures how fast each
     runs here, and refuses a speed-up that none reaches. Then it trains candidates, the most promising first, and chooses by
     measured speed and by quality on rows held out of the training set. The best so far is always in `model`, and Ctrl-C keeps
-    it. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png` and `compress.json`. Started again,
-    with the same or other targets, it trains nothing twice. `--dry-run` says beforehand what it would train, and how long.
+    it. The reported rows only verify the result. Writes `model`, `report.html`, `report.md`, `trials.png` and
+    `compress.json`. Started again, with the same or other targets, it trains nothing twice. `--dry-run` says beforehand what
+    it would train, and how long.
 
     Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
     what it reaches. 4: the written model does not give the same outputs in a new process. 1: an error.
@@ -124,7 +125,7 @@ def compress(
         compression = Compression(model, data, output, options, bar=bar)
         verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
     console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
-    console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")
+    console.print(f"Written to {output}: model, report.html, report.md, trials.png, compress.json.")
     leave(verdict.problem)
     if not verdict.met:
         raise typer.Exit(NOT_MET)

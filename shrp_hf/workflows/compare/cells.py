@@ -379,6 +379,7 @@ class Worker:
             "kept": kept,
             "expert_layers": config.expert_layers,
             "neurons": config.intermediate_sizes,
+            "ffn_width": config.ffn_width,
             "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
             "metrics": for_json(task.compute_metrics(prediction)),

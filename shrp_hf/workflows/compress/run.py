@@ -69,8 +69,9 @@ class Compression:
         model_name: Hub id or directory of a model fine-tuned on the task, with its tokenizer; or of any encoder, with
             `dense_epochs`.
         task: Its task.
-        output: Directory for `model` (the result), `report.md`, `trials.png`, `compress.json`, and for what a run that is
-            taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`, `speeds.json`.
+        output: Directory for `model` (the result), `report.html`, `report.md`, `trials.png`, `compress.json`, and for what
+            a run that is taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`,
+            `speeds.json`.
         options: The targets, and how to train.
         measure: Times models; stands in for `measure_throughput` in tests.
         predict: Predicts rows; stands in for `predict_on` in tests.
