@@ -268,6 +268,7 @@ def test_speed_alone_ends_with_a_model_that_loads_and_a_report(plain, tmp_path, 
     page = (tmp_path / "report.html").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
     assert '<p class="answer"><b>The target is met</b>: 2 of 3 layers converted, 2 experts in each: ' in page
     assert '"name": "experts"' in page
+    assert '<button type="button">choice</button>' in page
     assert "<summary>2x2: 2 of 3 layers converted, 2 experts in each</summary><svg" in page
     assert str(tmp_path) not in page
     assert plain not in page

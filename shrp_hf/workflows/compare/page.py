@@ -60,7 +60,7 @@ def answer(rows: Sequence[Row], headline: str) -> str:
     if not shares:
         return "No model can be recommended: none of the cells is faster than the dense model and has a share of its quality."
     good = [(row, share) for row, share in shares if share >= KEPT]
-    row, share = max(good or shares, key=(lambda found: _speed(found[0])) if good else (lambda found: found[1]))
+    row, share = max(good, key=lambda found: (_speed(found[0]), found[1])) if good else max(shares, key=lambda found: found[1])
     times = (
         f"{_speed(row):.2f}x the dense model's throughput" if row.speed else f"1/{_speed(row):.2f} of the dense model's FLOPs"
     )

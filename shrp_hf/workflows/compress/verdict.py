@@ -206,6 +206,7 @@ def _page(
     total, trials = verdict.num_layers, verdict.trials
     dense = (task.chosen_by, verdict.dense_quality, total)
     titles, *lines = _trial_lines(verdict, task)
+    titles[-1] = "choice"
     options = {"model": source_name(verdict.model_name), **verdict.options.identity, **environment()}
     sections = (
         trial_frontier(trials, verdict.speeds, points, dense, output / "trials.png"),
