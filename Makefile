@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-faults test-load test-cuda test-floor test-newest test-processors audit docs dist test-dist benchmark clean
+.PHONY: demo test test-browser test-slow test-faults test-load test-cuda test-floor test-newest test-processors audit docs dist test-dist benchmark clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
@@ -20,6 +20,9 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
+
+test-browser: $(VENV)/.installed-test $(VENV)/.installed-browser  # in the Chromium of this machine, else in playwright's
+	$(BIN)/pytest -q -m browser -rs
 
 test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
 	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) -m "not slow and not load" tests/faults tests/test_compare.py

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plotly.offline import get_plotlyjs
 from transformers import BertTokenizer
 from typer.testing import CliRunner
 
@@ -320,8 +321,8 @@ def test_tables_figures_and_the_page_come_from_the_cells(compared):
     model = Path(json.loads((compared / "cells" / "dense-seed0.json").read_text(encoding="utf-8"))["settings"]["model"])
     assert str(model) not in page  # it is made to be sent
     assert f"model: directory {model.parent.name}/{model.name}" in page
-    assert page.count("data:image/png;base64,") == len([name for name in written if name.endswith(".png")])
-    assert page.count('style="width: ') == page.count("data:image/png;base64,")  # letters of one size
+    page = page.replace(get_plotlyjs(), "")
+    assert "<img" not in page
     assert not re.search(r"https?://|src=\"(?!data:)|href=|@import", page)
     assert "random, 6 heads" in page
 

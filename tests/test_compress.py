@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from plotly.offline import get_plotlyjs
 from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, EvalPrediction
 from typer.testing import CliRunner
 
@@ -264,6 +265,13 @@ def test_speed_alone_ends_with_a_model_that_loads_and_a_report(plain, tmp_path, 
     assert BertTokenizer.from_pretrained(tmp_path / "model").vocab_size == 5 + len(WORDS)
     assert {"README.md", "shrp_record.json", "modeling_shrp_bert.py"} <= {path.name for path in (tmp_path / "model").iterdir()}
     assert (tmp_path / "trials.png").exists()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert '<p class="answer"><b>The target is met</b>: 2 of 3 layers converted, 2 experts in each: ' in page
+    assert '"name": "experts"' in page
+    assert '<button type="button">choice</button>' in page
+    assert "<summary>2x2: 2 of 3 layers converted, 2 experts in each</summary><svg" in page
+    assert str(tmp_path) not in page
+    assert plain not in page
     assert not any((tmp_path / "checkpoints").iterdir())
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert report.startswith("# moods: at least 1.9x the speed\n\n**The target is met**: 2 of 3 layers converted, 2 experts")

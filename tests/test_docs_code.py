@@ -166,8 +166,8 @@ def data_from_the_hub(monkeypatch):
     # A stand-in's speed is that of the machine's mood: what a page promises of a speed-up is reached here by FLOPs.
     monkeypatch.setitem(Compression.__init__.__kwdefaults__, "measure", flop_time)
     # Nor has a stand-in learned anything.
-    for module in ("compress", "compare"):
-        monkeypatch.setattr(f"shrp_hf.{module}.run.check_learned", lambda *args: None)
+    for module, part in (("compress", "run"), ("compare", "run"), ("compare", "preview")):
+        monkeypatch.setattr(f"shrp_hf.workflows.{module}.{part}.check_learned", lambda *args: None)
     # The package's attribute of this name is the command.
     monkeypatch.setattr(sys.modules["shrp_hf.cli.train"], "_demo_model", lambda: Path("bert-base-uncased"))
 

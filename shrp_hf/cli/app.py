@@ -57,6 +57,9 @@ EXPERT_SELECTOR_HELP = (
     "model, without routers); default: the recipe's."
 )
 ExpertSelectorOption = Annotated[str | None, typer.Option(help=EXPERT_SELECTOR_HELP)]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Train and write nothing: say what would be trained, and about how long it takes.")
+]
 NOT_MET = 3
 NOT_VERIFIED = 4
 EXIT_CODES = {

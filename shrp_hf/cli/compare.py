@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shrp_hf.cli.app import (
@@ -17,6 +18,7 @@ from shrp_hf.cli.app import (
     CorpusOption,
     DataDirOption,
     DatasetOption,
+    DryRunOption,
     LabelColumnOption,
     ModelArgument,
     OutputOption,
@@ -104,19 +106,30 @@ def compare(
     keep_models: Annotated[bool, typer.Option(help="Keep dense and routed models in OUTPUT/models.")] = True,
     speed: Annotated[bool, typer.Option(help="Measure throughput at the end, of every shape in one run.")] = True,
     report_only: Annotated[bool, typer.Option("--report-only", help="Compute nothing: tables of what is there.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Compares ways to make one model smaller: selectors x budgets x seeds, SHRP, thin layers, fewer layers, random.
 
     Every cell is a file. Started again after an interruption it computes what is missing; started twice at a time, the
     two share the work; with another grid it adds to the directory. All methods get the same recovery. Nothing is ever
-    chosen on the reported rows.
+    chosen on the reported rows. `--dry-run` says beforehand what is left to do, and how long.
 
     Example: `shrp-hf compare out/demo/dense --dataset docstrings --selectors hies,his,cahp --keep 0.75,0.5
     --recovery-epochs 0,1 --truncate 1,3 --expert-layers 3,5 --output out/compare`
     """
     from shrp_hf.tasks import Reading
-    from shrp_hf.workflows.compare import Comparison, Grid, Settings, measure_speed, read_cells, write_results
+    from shrp_hf.workflows.compare import (
+        Comparison,
+        Grid,
+        Settings,
+        measure_speed,
+        preview_comparison,
+        read_cells,
+        write_results,
+    )
 
+    if dry_run and report_only:
+        raise ValueError("`dry_run` and `report_only` are two things: leave one of them out.")
     grid = Grid(
         selectors=selectors,
         keep=keep,
@@ -159,6 +172,9 @@ def compare(
         reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
         data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=split_seed, max_train=max_train)
         comparison = Comparison(settings, grid, data, output, force=force)
+        if dry_run:
+            console.print(Markdown(preview_comparison(comparison).text()))
+            return
         errors = _run(comparison, console)
         if not keep_models:
             comparison.drop_models()

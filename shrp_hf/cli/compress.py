@@ -11,6 +11,7 @@ from shrp_hf.cli.app import (
     CorpusOption,
     DataDirOption,
     DatasetOption,
+    DryRunOption,
     ExpertSelectorOption,
     LabelColumnOption,
     LearningRateOption,
@@ -71,6 +72,7 @@ def compress(
     examples_per_epoch: Annotated[int | None, typer.Option(help="Examples that count as an epoch; default all.")] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     seed: SeedOption = SEED,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Makes a fine-tuned model as fast as asked, or as fast as the quality asked for allows, or both.
 
@@ -78,8 +80,9 @@ def compress(
     uniform), expert layers (SHRP), or fewer layers (evenly spread, or the first). It measures how fast each
     runs here, and refuses a speed-up that none reaches. Then it trains candidates, the most promising first, and chooses by
     measured speed and by quality on rows held out of the training set. The best so far is always in `model`, and Ctrl-C keeps
-    it. The reported rows only verify the result. Writes `model`, `report.md`, `trials.png` and `compress.json`. Started again,
-    with the same or other targets, it trains nothing twice.
+    it. The reported rows only verify the result. Writes `model`, `report.html`, `report.md`, `trials.png` and
+    `compress.json`. Started again, with the same or other targets, it trains nothing twice. `--dry-run` says beforehand what
+    it would train, and how long.
 
     Exit code 0: the targets are met. 3: they are not; the best model found is written all the same, and the report says
     what it reaches. 4: the written model does not give the same outputs in a new process. 1: an error.
@@ -89,7 +92,7 @@ def compress(
     from shrp_hf.cli.progress import one_bar_each
     from shrp_hf.tasks import Reading
     from shrp_hf.training.recipes import find_recipe
-    from shrp_hf.workflows.compress import Compression, CompressOptions, Targets
+    from shrp_hf.workflows.compress import Compression, CompressionPreview, CompressOptions, Targets
 
     batch_size_measured, length = _numbers("shape", shape, "x", 2)
     options = CompressOptions(
@@ -118,11 +121,15 @@ def compress(
     )
     reading = Reading(text_column, text_pair_column, label_column, task, corpus=corpus, pairs=pairs)
     data = read_task(None if dense_epochs else model, dataset, data_dir, reading, seed=seed, max_train=max_train)
+    if dry_run:
+        preview = CompressionPreview(model, data, output, options).preview(show=lambda text: console.print(Markdown(text)))
+        console.print(Markdown(preview.text()))
+        return
     with one_bar_each(console) as bar:
         compression = Compression(model, data, output, options, bar=bar)
         verdict = compression.run(say=console.rule, show=lambda text: console.print(Markdown(text)))
     console.print(Markdown((output / "report.md").read_text(encoding="utf-8")))
-    console.print(f"Written to {output}: model, report.md, trials.png, compress.json.")
+    console.print(f"Written to {output}: model, report.html, report.md, trials.png, compress.json.")
     leave(verdict.problem)
     if not verdict.met:
         raise typer.Exit(NOT_MET)

@@ -17,7 +17,7 @@ PANELS = {
     "recovery_epochs learning_rate experts_per_sequence balance_coef teacher bf16 batch_size max_length examples_per_epoch "
     "seed seeds",
     "Where it runs": "shape shapes runtime runtimes threads device dtype rounds speed",
-    "What is written": "output as_json force keep_models report_only",
+    "What is written": "output as_json force keep_models report_only dry_run",
 }
 """Title -> names of parameters; an option of one name means the same in every command, and stands in the same panel."""
 PANEL_OF = {name: title for title, names in PANELS.items() for name in names.split()}

@@ -39,15 +39,23 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It holds a run with another identity.
     """
+    check_claim(folder, identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "run.json", json.dumps(identity, indent=2) + "\n")
+
+
+def check_claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses what `claim` refuses, and writes nothing.
+
+    Raises:
+        ValueError: `folder` holds a run with another identity.
+    """
     path = folder / "run.json"
-    text = json.dumps(identity, indent=2)
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(text):
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(identity)):
         raise ValueError(
             f"`output` {str(folder)!r} holds a run with another model, task or options (see run.json): choose another "
             "directory, or remove this one."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, text + "\n")
 
 
 def check_output(output: Path, models: Iterable[str | None], writes: Iterable[str] = ()) -> None:

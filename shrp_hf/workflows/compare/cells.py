@@ -163,7 +163,7 @@ class Worker:
         settings = self.settings
         examples = 0
         if settings.dense_epochs:
-            setup = self._setup(job)
+            setup = self.setup(job)
             model = load_to_fine_tune(settings.model, self.task)
             model = fine_tune(model, setup, settings.dense_epochs, settings.dense_learning_rate, name=job.key)
             examples = self._num_examples(setup, settings.dense_epochs)
@@ -228,7 +228,7 @@ class Worker:
         mode = DSP_MODES[job.fields["method"]]
         least = self.settings.min_heads_per_layer
         dsp = DspCallback(count, mode, seed=job.seed, min_heads_per_layer=least)
-        setup = self._setup(job)
+        setup = self.setup(job)
         args = setup.arguments(
             job.key,
             num_train_epochs=self.settings.dsp_epochs * setup.epoch,
@@ -251,7 +251,7 @@ class Worker:
         return {**_planned(dsp.plan, dsp.importances), "train_examples": examples}
 
     def _do_convert(self, job: Job) -> dict[str, Any]:
-        dense, setup, recipe = self._dense(job.seed), self._setup(job), job.recipe
+        dense, setup, recipe = self._dense(job.seed), self.setup(job), job.recipe
         total = dense.config.num_hidden_layers
         layers = range(total - job.fields["layers"], total)
         model = convert(dense, layers, setup, recipe, keep=job.fields.get("experts", 1), name=job.key)
@@ -259,7 +259,7 @@ class Worker:
         return {"train_examples": self._num_examples(setup, recipe.conversion_epochs(len(layers)))}
 
     def _do_shorten(self, job: Job) -> dict[str, Any]:
-        dense, setup, count = self._dense(job.seed), self._setup(job), job.fields["layers"]
+        dense, setup, count = self._dense(job.seed), self.setup(job), job.fields["layers"]
         # As many examples as the conversion of the layers that are gone.
         total = dense.config.num_hidden_layers
         epochs = job.recipe.conversion_epochs(total - count)
@@ -282,7 +282,7 @@ class Worker:
         """Trains `model` as the job says; returns what it reaches then, `examples` being those that it has seen."""
         epochs = job.fields["recovery_epochs"]
         if epochs:
-            setup = self._setup(job)
+            setup = self.setup(job)
             model = recover(model, dense, setup, replace(job.recipe, recovery_epochs=epochs), name=job.key)
             examples += self._num_examples(setup, epochs)
         predictions = json.loads(self.file(job.needs[0], True).read_text(encoding="utf-8"))["predictions"]
@@ -302,7 +302,8 @@ class Worker:
 
     # --- what they share ---
 
-    def _setup(self, job: Job) -> Setup:
+    def setup(self, job: Job) -> Setup:
+        """What the trainings of a job share."""
         settings = self.settings
         return Setup(
             self.data,
@@ -378,6 +379,7 @@ class Worker:
             "kept": kept,
             "expert_layers": config.expert_layers,
             "neurons": config.intermediate_sizes,
+            "ffn_width": config.ffn_width,
             "num_heads": sum(len(heads) for i, heads in enumerate(kept) if i not in config.expert_layers),
             "num_experts": sum(len(kept[i]) for i in config.expert_layers),
             "metrics": for_json(task.compute_metrics(prediction)),

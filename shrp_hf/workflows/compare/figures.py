@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shrp_hf.publishing.plots import plot_keep_rates, plot_panels
-from shrp_hf.workflows.compare.tables import STRUCTURES, Row, routing_of
+from shrp_hf.workflows.compare.tables import STRUCTURES, Cell, Row, routing_of
 
 Points = dict[str, dict[str, list[tuple[float, float, float, float]]]]
 
@@ -47,23 +47,39 @@ def write_figures(output: Path, rows: Sequence[Row], headline: str) -> list[Path
 
 
 def _panels(rows: Sequence[Row], headline: str, x: Callable[[Row], float]) -> Points:
-    """A panel per length of recovery, a series per method (and recipe, choice of experts ..., where there are several)."""
-    series = {row.cells[0]["key"]: _series(row) for row in rows}
+    """A panel per length of recovery, a series per name of `series_names`."""
+    names = series_names(rows)
     panels: Points = {}
     for row in sorted(rows, key=lambda row: row.cells[0]["recovery_epochs"]):
         cell, value = row.cells[0], row.over_seeds(lambda cell: cell["metrics"][headline])
-        # What all series of this kind share tells nothing apart.
-        alike = [name for key, name in series.items() if name[0] == series[cell["key"]][0]]
-        tells = [i == 0 or len({name[i] for name in alike} - {""}) > 1 for i in range(len(alike[0]))]
-        parts = [part for part, is_told in zip(series[cell["key"]], tells, strict=True) if part and is_told]
-        epochs = cell["recovery_epochs"]
-        title = f"{epochs:g} epoch{'s' * (epochs != 1)} of recovery" if epochs else "without recovery"
         if value.num_undefined:
             continue
         margin = value.margin or 0.0
         point = (x(row), value.mean, value.mean - margin, value.mean + margin)
-        panels.setdefault(title, {}).setdefault(", ".join(parts), []).append(point)
+        panels.setdefault(title_of(cell), {}).setdefault(names[cell["key"]], []).append(point)
     return panels
+
+
+def title_of(cell: Cell) -> str:
+    """The title of a cell's panel."""
+    epochs = cell["recovery_epochs"]
+    return f"{epochs:g} epoch{'s' * (epochs != 1)} of recovery" if epochs else "without recovery"
+
+
+def series_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Names the series of each row, by the key of its first cell: the method, and recipe, experts ... where they differ.
+
+    Args:
+        rows: Rows of smaller models, from `rows_of`.
+    """
+    series = {row.cells[0]["key"]: _series(row) for row in rows}
+    names = {}
+    for key, found in series.items():
+        # What all series of this kind share tells nothing apart.
+        alike = [other for other in series.values() if other[0] == found[0]]
+        tells = [i == 0 or len({other[i] for other in alike} - {""}) > 1 for i in range(len(found))]
+        names[key] = ", ".join(part for part, is_told in zip(found, tells, strict=True) if part and is_told)
+    return names
 
 
 def _series(row: Row) -> tuple[str, ...]:

@@ -47,9 +47,9 @@ class Comparison:
         if not task.kind.is_tuned:  # a dense model that is its own teacher stays as it is
             grids = [replace(grid, without_control=True) for grid in grids]
         check_output(output, [settings.model], ("models", "checkpoints"))
-        shape = _shape_of(settings, task)
+        self.shape = _shape_of(settings, task)
         for grid in grids:
-            grid.check(shape, settings.min_heads_per_layer)
+            grid.check(self.shape, settings.min_heads_per_layer)
         self.output = output
         self.worker = Worker(settings, task, output)
         fastest = max((times for grid in grids for times in grid.thin), default=None)
@@ -61,7 +61,7 @@ class Comparison:
                 check_lesson_of(job.recipe, task.kind.is_tuned)
             self.jobs.setdefault(job.key, job)
         self._started = time.time()
-        self._unchecked = [] if force else [job for job in self.jobs.values() if job.kind == "dense"]
+        self.unchecked = [] if force else [job for job in self.jobs.values() if job.kind == "dense"]
         self._check_directory()
 
     @property
@@ -95,7 +95,7 @@ class Comparison:
     @property
     def is_missing(self) -> bool:
         """Whether there is a job that is neither done nor has failed."""
-        return bool(self._missing())
+        return bool(self.missing())
 
     def step(self, watch: Watch = lambda done, total, doing: None) -> bool:
         """Does the first job that nobody has.
@@ -109,24 +109,28 @@ class Comparison:
         Raises:
             ValueError: As in `run`.
         """
-        self._check_dense()
-        return any(self._do(job, watch) for job in self._missing() if self._is_ready(job))
+        self.check_dense()
+        return any(self._do(job, watch) for job in self.missing() if self._is_ready(job))
 
-    def _check_dense(self) -> None:
-        """Stops before hours are spent on a model that has learned nothing, whichever run made it."""
-        for job in self._unchecked.copy():
+    def check_dense(self) -> None:
+        """Stops before hours are spent on a model that has learned nothing, whichever run made it.
+
+        Raises:
+            ValueError: The record of a dense model says so, and `force` is not given.
+        """
+        for job in self.unchecked.copy():
             file = self.worker.file(job)
             if file.exists():
                 held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"]
                 check_learned(self.worker.task, held_out[self.worker.task.chosen_by], self.worker.settings.model)
-                self._unchecked.remove(job)
+                self.unchecked.remove(job)
 
     def drop_models(self) -> None:
         """Removes the models that cells were made of, once every cell of this grid is there."""
         if all(self.worker.file(job).exists() for job in self.cells):
             shutil.rmtree(self.output / "models", ignore_errors=True)
 
-    def _missing(self) -> list[Job]:
+    def missing(self) -> list[Job]:
         """Jobs to do, in order: cells without a file, and what they need that is not there."""
         wanted: set[str] = set()
         for job in reversed(self.jobs.values()):

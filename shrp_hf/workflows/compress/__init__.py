@@ -2,6 +2,7 @@
 
 from shrp_hf.workflows.compress.candidates import STRUCTURES, Candidate, Experts, FirstLayers, SpreadLayers, Thin, Uniform
 from shrp_hf.workflows.compress.options import CompressOptions
+from shrp_hf.workflows.compress.preview import CompressionPreview
 from shrp_hf.workflows.compress.run import Compression
 from shrp_hf.workflows.compress.search import Targets, Trial
 
@@ -10,6 +11,7 @@ __all__ = [
     "Candidate",
     "CompressOptions",
     "Compression",
+    "CompressionPreview",
     "Experts",
     "FirstLayers",
     "SpreadLayers",

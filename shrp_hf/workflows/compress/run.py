@@ -69,8 +69,9 @@ class Compression:
         model_name: Hub id or directory of a model fine-tuned on the task, with its tokenizer; or of any encoder, with
             `dense_epochs`.
         task: Its task.
-        output: Directory for `model` (the result), `report.md`, `trials.png`, `compress.json`, and for what a run that is
-            taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`, `speeds.json`.
+        output: Directory for `model` (the result), `report.html`, `report.md`, `trials.png`, `compress.json`, and for what
+            a run that is taken up needs: `dense`, `routed`, `converted`, `trials`, `plans`, `scores.safetensors`,
+            `speeds.json`.
         options: The targets, and how to train.
         measure: Times models; stands in for `measure_throughput` in tests.
         predict: Predicts rows; stands in for `predict_on` in tests.
@@ -113,7 +114,7 @@ class Compression:
         for structure in self.structures:  # refuses, by name, what the family cannot be
             untrained(self.source, next((c for c in self.choices if c.structure == structure), FirstLayers(1)))
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(model_name, self.source)
-        claim(output, {"model": model_name, **task.identity, **options.identity})
+        self._claim({"model": model_name, **task.identity, **options.identity})
         self.data = task.tokenize(self.tokenizer, max_length=options.max_length, model=self.source)
         self.setup = Setup(
             self.data,
@@ -139,30 +140,11 @@ class Compression:
         options, targets = self.options, self.options.targets
         total = self.source.config.num_hidden_layers
         say(f"1/5 measuring the speed of {len(self.choices)} shapes, before anything is trained")
-        speeds = self.speeds(self.choices)
-        if speeds:
-            show(speed_table(speeds, targets.speedup))
-        reach = 0.0
-        if "thin" in self.structures:
-            self._check_table(show)
-            reach = thin_reach(self.source, self.table)
-            show(f"Thin layers, by {'FLOPs' if self.table.unit == 'FLOPs' else 'the table of times'}: up to {reach:.2f}x")
-        check_reachable(speeds, targets, total, reach)
+        speeds, reach = self._measured(show)
         say("2/5 the dense model" + (": fine-tuning" if options.dense_epochs else ""))
-        headline, quality = self.task.chosen_by, self._held_out(DENSE, self.dense())
-        show(f"Held-out {headline} of the dense model: {shown(quality)}")
-        if not options.force:
-            check_learned(self.task, quality, self.model_name)
-        if targets.keep_quality is not None and not quality > 0:
-            raise ValueError(
-                f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
-            )
+        quality = self._learned(show)
         say(f"3/5 training candidates: {targets}")
-        if reach:
-            planned = self.planned(reach)
-            show(speed_table(planned, targets.speedup))
-            speeds = {**planned, **speeds}
-            check_reachable(speeds, targets, total)
+        speeds = self._with_planned(speeds, reach, show)
         trials = self._search(speeds, quality, show)
         chosen = best(trials, targets)
         say(f"4/5 {chosen.candidate.name} is saved: opening it in a new process")
@@ -174,6 +156,41 @@ class Compression:
         predictions = {name: self.predict(model, self.data["test"], self.tokenizer) for name, model in models.items()}
         write_verdict(verdict, self.task, self.output, models, predictions, self._timings(chosen.candidate))
         return verdict
+
+    def _measured(self, show: Say) -> tuple[dict[Candidate, float], float]:
+        """Returns the speed-ups of the shapes that need no scores, and what thin layers reach; refuses what none reaches."""
+        speeds, targets = self.speeds(self.choices), self.options.targets
+        if speeds:
+            show(speed_table(speeds, targets.speedup))
+        reach = 0.0
+        if "thin" in self.structures:
+            self._check_table(show)
+            reach = thin_reach(self.source, self.table)
+            show(f"Thin layers, by {'FLOPs' if self.table.unit == 'FLOPs' else 'the table of times'}: up to {reach:.2f}x")
+        check_reachable(speeds, targets, self.source.config.num_hidden_layers, reach)
+        return speeds, reach
+
+    def _learned(self, show: Say) -> float:
+        """Returns the held-out quality of the dense model; refuses one that has learned nothing."""
+        headline, quality = self.task.chosen_by, self._held_out(DENSE, self.dense())
+        show(f"Held-out {headline} of the dense model: {shown(quality)}")
+        if not self.options.force:
+            check_learned(self.task, quality, self.model_name)
+        if self.options.targets.keep_quality is not None and not quality > 0:
+            raise ValueError(
+                f"`keep_quality` needs a dense model that has learned: its held-out {headline} is {shown(quality)}."
+            )
+        return quality
+
+    def _with_planned(self, speeds: dict[Candidate, float], reach: float, show: Say) -> dict[Candidate, float]:
+        """Returns the speed-ups of all candidates, planned thin layers among them where there are to be any."""
+        if not reach:
+            return speeds
+        planned, targets = self.planned(reach), self.options.targets
+        show(speed_table(planned, targets.speedup))
+        speeds = {**planned, **speeds}
+        check_reachable(speeds, targets, self.source.config.num_hidden_layers)
+        return speeds
 
     def _search(self, speeds: dict[Candidate, float], quality: float, show: Say) -> list[Trial]:
         """Trains candidates; whenever one is the best so far it is in `model`, for whoever does not want to wait."""
@@ -276,11 +293,11 @@ class Compression:
         """
         found: dict[KeepPlan, Candidate] = {}
         for times in speedups:
-            path = self.output / "plans" / f"{times:g}x.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                thin_plan(self.dense(), Budget.speedup(times, table=self.table), self.stats).to_json(path)
-            plan = KeepPlan.from_json(path)
+            path = f"plans/{times:g}x.json"
+            if self._read(path) is None:
+                plan = thin_plan(self.dense(), Budget.speedup(times, table=self.table), self.stats)
+                self._write(path, plan.to_json() + "\n")
+            plan = KeepPlan.from_json(self._read(path))
             found.setdefault(plan, Thin(times, plan))
         return list(found.values())
 
@@ -342,11 +359,11 @@ class Compression:
         return saved_model(folder)
 
     def _held_out(self, folder: str, model: PreTrainedModel) -> float:
-        path = self.output / folder / "held_out.json"
-        if not path.exists():
+        path = f"{folder}/held_out.json"
+        if self._read(path) is None:
             metrics = self.task.compute_metrics(self.predict(model, self.data["validation"], self.tokenizer))
-            write_text(path, json.dumps(for_json(metrics)) + "\n")
-        quality = json.loads(path.read_text(encoding="utf-8"))[self.task.chosen_by]
+            self._write(path, json.dumps(for_json(metrics)) + "\n")
+        quality = json.loads(self._read(path))[self.task.chosen_by]
         return math.nan if quality is None else quality
 
     def _timings(self, candidate: Candidate) -> dict[str, Timing]:
@@ -365,11 +382,25 @@ class Compression:
 
     def _stored(self) -> dict[str, Any]:
         """Returns what `speeds.json` holds; nothing where it is of another machine."""
-        path = self.output / "speeds.json"
         machine = {name: value for name, value in environment().items() if name in ("machine", "gpu", "torch")}
         machine["threads"] = str(torch.get_num_threads())
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = json.loads(self._read("speeds.json") or "{}")
         return stored if stored.get("on") == machine else {"on": machine}
 
     def _store(self, stored: dict[str, Any]) -> None:
-        write_text(self.output / "speeds.json", json.dumps(stored) + "\n")
+        self._write("speeds.json", json.dumps(stored) + "\n")
+
+    # --- the directory, which a preview leaves as it is ---
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        claim(self.output, identity)
+
+    def _read(self, name: str) -> str | None:
+        """The text of a file in the directory; None where there is none."""
+        path = self.output / name
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)

@@ -15,13 +15,15 @@ from shrp_hf.measuring import Timing
 from shrp_hf.measuring.environment import command_line, environment
 from shrp_hf.measuring.markdown import markdown_table
 from shrp_hf.publishing.card import write_card
+from shrp_hf.publishing.page import facts, page, sortable_table, words
 from shrp_hf.publishing.plots import plot_frontier
-from shrp_hf.publishing.record import Rows, RunRecord, Score, expert_choice, origin
+from shrp_hf.publishing.record import Rows, RunRecord, Score, expert_choice, origin, source_name
 from shrp_hf.publishing.report import ModelReport, compare_models, measure_models, write_text
 from shrp_hf.tasks.baseline import baseline_of
 from shrp_hf.tasks.task import Task, for_json, shown
 from shrp_hf.workflows.compress.candidates import Candidate, Experts, FirstLayers, speed_table
 from shrp_hf.workflows.compress.options import CompressOptions
+from shrp_hf.workflows.compress.page import trial_frontier, trial_maps
 from shrp_hf.workflows.compress.search import Targets, Trial, best, share_text
 
 NUM_RESAMPLES = 1000
@@ -94,7 +96,7 @@ def write_verdict(
     predictions: Mapping[str, EvalPrediction],
     timings: Mapping[str, Timing],
 ) -> None:
-    """Judges the reported rows, and writes `report.md`, `compress.json`, `trials.png` and the model's card.
+    """Judges the reported rows, and writes `report.html`, `report.md`, `compress.json`, `trials.png` and the model's card.
 
     Args:
         verdict: What was found.
@@ -119,6 +121,7 @@ def write_verdict(
         plot_frontier(points, output / "trials.png", verdict.dense_quality, f"held-out {task.chosen_by}")
         picture = "![quality against speed](trials.png)\n"
     write_text(output / "report.md", _report(verdict, task, reported, picture, compare_models(rows, scores, task)))
+    write_text(output / "report.html", _page(verdict, task, reported, points, output))
     summary = {
         "met": verdict.met,
         "problem": verdict.problem,
@@ -189,6 +192,32 @@ All in turns, in one run; throughput as a multiple of the dense model's.
 """
 
 
+def _page(
+    verdict: Verdict,
+    task: Task,
+    reported: Reported,
+    points: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    output: Path,
+) -> str:
+    """`report.html`: the answer, what was tried, and what each keeps; all else is in `report.md`."""
+    answer = f"{_headline(verdict, task.chosen_by)} The model is in `model`."
+    answer += f" **Not verified**: {verdict.problem}" if verdict.problem else ""
+    answer += f" {_on_reported_rows(task.headline, verdict.targets, reported)}"
+    total, trials = verdict.num_layers, verdict.trials
+    dense = (task.chosen_by, verdict.dense_quality, total)
+    titles, *lines = _trial_lines(verdict, task)
+    titles[-1] = "choice"
+    options = {"model": source_name(verdict.model_name), **verdict.options.identity, **environment()}
+    sections = (
+        trial_frontier(trials, verdict.speeds, points, dense, output / "trials.png"),
+        f"<p>{words(_why(verdict))}</p>\n<h2>What was tried</h2>\n{sortable_table(titles, lines, 2)}",
+        f"<h2>Which heads and neurons stay</h2>\n{trial_maps(trials, output / 'trials', total)}",
+        f"<h2>How it was done</h2>{facts(options)}\n",
+    )
+    title = f"{task.name}: {verdict.targets}"
+    return page(title, title, words(answer), sections)
+
+
 def _headline(verdict: Verdict, headline: str) -> str:
     chosen = verdict.chosen
     what = chosen.candidate.describe(verdict.num_layers)
@@ -226,6 +255,14 @@ def _on_reported_rows(headline: str, targets: Targets, reported: Reported) -> st
 
 
 def _trial_table(verdict: Verdict, task: Task) -> str:
+    header, *lines = _trial_lines(verdict, task)
+    lines = [[f"**{cell}**" if cell == "chosen" else cell for cell in line] for line in lines]
+    reason = "" if verdict.dense_quality > 0 else f"\n\n{_NO_SHARE.format(task.chosen_by)}"
+    return markdown_table(header, lines, 2) + reason
+
+
+def _trial_lines(verdict: Verdict, task: Task) -> list[list[str]]:
+    """Titles and a line for each trial, behind those of the dense model and of what reads nothing."""
     total, headline, blind = verdict.num_layers, task.chosen_by, baseline_of(task, task.validation)
     blind_quality = blind.metrics[headline]
     header = ["tried", "what it is", "predicted", "measured", f"held-out {headline}", "of dense", ""]
@@ -234,9 +271,8 @@ def _trial_table(verdict: Verdict, task: Task) -> str:
     for trial in verdict.trials:
         cells = [trial.candidate.name, trial.candidate.describe(total)]
         cells += [f"{verdict.speeds[trial.candidate]:.2f}x", f"{trial.speedup:.2f}x", shown(trial.quality)]
-        lines.append([*cells, share_text(trial.retention), "**chosen**" if trial == verdict.chosen else ""])
-    reason = "" if verdict.dense_quality > 0 else f"\n\n{_NO_SHARE.format(headline)}"
-    return markdown_table(header, lines, 2) + reason
+        lines.append([*cells, share_text(trial.retention), "chosen" if trial == verdict.chosen else ""])
+    return [header, *lines]
 
 
 def _why(verdict: Verdict) -> str:
