@@ -13,16 +13,16 @@ SHELL := /bin/bash
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test  # whole files to a worker: what a file's tests share is made once
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n $(PYTEST_WORKERS)
+	$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
 
 test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
-	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) -m "not slow and not load" tests/faults tests/test_compare.py
+	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile -m "not slow and not load" tests/faults tests/test_compare.py
 
 test-load: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m load
