@@ -3,7 +3,11 @@
 import gc
 import os
 import random
+import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 _CACHES = tempfile.TemporaryDirectory(prefix="shrp-hf-tests-")
 # Set before Transformers is imported, which reads them once; processes that tests start inherit them.
@@ -21,6 +25,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from shrp_hf.export import onnx as export  # noqa: E402
 from shrp_hf.export import runtime  # noqa: E402
 from shrp_hf.measuring import latency, timing  # noqa: E402
 
@@ -47,6 +52,27 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _imports_frozen() -> None:
     gc.freeze()  # Trainer collects garbage whenever it starts, and would look through all that was ever imported
+
+
+@pytest.fixture(scope="session")
+def traced_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `traced_once` keeps its graphs."""
+    return tmp_path_factory.mktemp("traced")
+
+
+@pytest.fixture
+def traced_once(traced_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces each ONNX graph of a model once, whatever is made of it: tracing costs seconds."""
+    write_graph = export.write_graph
+
+    def write(model: Any, given: Mapping, outputs: Sequence[str], path: Path, form: Any) -> None:
+        weights = tuple(float(weight.double().sum()) for weight in model.parameters())
+        kept = traced_graphs / f"{hash((type(model), weights, tuple(given), tuple(outputs), form))}.onnx"
+        if not kept.exists():
+            write_graph(model, given, outputs, kept, form)
+        shutil.copy(kept, path)
+
+    monkeypatch.setattr(export, "write_graph", write)
 
 
 @pytest.fixture

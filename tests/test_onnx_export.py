@@ -141,26 +141,6 @@ def _traced_before(written_graphs, monkeypatch):
     monkeypatch.setattr(export, "write_graph", lambda *args: shutil.copy(written_graphs[args[4].operators], args[3]))
 
 
-@pytest.fixture(scope="module")
-def traced(tmp_path_factory):
-    """Where graphs of `classifier` are kept."""
-    return tmp_path_factory.mktemp("traced")
-
-
-@pytest.fixture
-def _traced_once(traced, monkeypatch):
-    """Traces each graph of `classifier` once, whatever is made of it."""
-    write_graph = export.write_graph
-
-    def write(model, given, outputs, path, form):
-        kept = traced / f"{form.operators}-{form.split}-{form.opset}.onnx"
-        if not kept.exists():
-            write_graph(model, given, outputs, kept, form)
-        shutil.copy(kept, path)
-
-    monkeypatch.setattr(export, "write_graph", write)
-
-
 # --- the text side, and a process without torch ---
 
 
@@ -207,7 +187,7 @@ print(json.dumps([id2label[str(label)] for label in logits.argmax(-1).tolist()])
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.usefixtures("_traced_once")
+@pytest.mark.usefixtures("traced_once")
 def test_a_process_without_torch_classifies_as_the_model_does(int8, classifier, tmp_path):
     words = ["export", str(classifier), "--output", str(tmp_path), *(["--int8", "--min-agreement", "0.7"] if int8 else [])]
     result = CliRunner().invoke(cli.app, words)

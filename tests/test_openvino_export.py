@@ -16,15 +16,7 @@ from shrp_hf import cli
 from shrp_hf.export import ExportOptions, ExportRows, export_model, load_for_export, openvino_session
 from shrp_hf.export.sentences import SENTENCES
 from tests.test_families import inputs
-from tests.test_onnx_export import (  # noqa: F401
-    _traced_before,
-    _traced_once,
-    built,
-    small,
-    traced,
-    write_classifier,
-    written_graphs,
-)
+from tests.test_onnx_export import _traced_before, built, small, write_classifier, written_graphs  # noqa: F401, write_classifier
 from tests.tiny import assert_near, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("openvino_unrestricted")
@@ -95,7 +87,7 @@ print(json.dumps(logits.argmax(-1).tolist()))
 
 @needs_openvino
 @pytest.mark.parametrize("precision", ["float16", "int8", "int8-static"])
-@pytest.mark.usefixtures("_traced_once")
+@pytest.mark.usefixtures("traced_once")
 def test_a_process_without_torch_classifies_as_the_model_does(precision, classifier, tmp_path):
     words = ["--format", "openvino", "--precision", precision, "--min-agreement", "0.7"]
     if precision == "int8-static":

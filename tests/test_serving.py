@@ -28,7 +28,7 @@ TEXTS = ("good", "the film is bad", "the film", "is is is is is is is is is is i
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, traced_once):
     for name in ("onnx", "int8"):  # half the tracing
         monkeypatch.setitem(EXPORTED, name, replace(EXPORTED[name], graph="fused"))
 
