@@ -49,9 +49,11 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _imports_frozen() -> None:
-    gc.freeze()  # Trainer collects garbage whenever it starts, and would look through all that was ever imported
+@pytest.fixture(scope="module", autouse=True)
+def _earlier_frozen() -> None:
+    """Trainer collects garbage whenever it starts, and would look through all that was ever imported or cached."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,7 @@ def traced_once(traced_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_graph = export.write_graph
 
     def write(model: Any, given: Mapping, outputs: Sequence[str], path: Path, form: Any) -> None:
-        weights = tuple(float(weight.double().sum()) for weight in model.parameters())
+        weights = tuple(float(weight.detach().double().sum()) for weight in model.parameters())
         kept = traced_graphs / f"{hash((type(model), weights, tuple(given), tuple(outputs), form))}.onnx"
         if not kept.exists():
             write_graph(model, given, outputs, kept, form)
