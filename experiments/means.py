@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from shrp_hf.families import head_layout
 from shrp_hf.plans.budget import Budget
 from shrp_hf.pruning import masked_heads
 from shrp_hf.publishing.report import evaluate_on, write_text
@@ -36,7 +37,7 @@ def measure(
     data = task.tokenize(tokenizer)
     batches = calibration_batches(data["train"], tokenizer, num_rows, batch_size=32, seed=seed)
     request = StatsRequest(importance=True, neurons=True, means=True)
-    stats = collect_head_stats(model, batches, request)
+    stats, layout = collect_head_stats(model, batches, request), head_layout(model)
 
     def score() -> float:
         return evaluate_on(model, data["test"], task, tokenizer)[task.headline]
@@ -44,8 +45,7 @@ def measure(
     found: list[dict[str, float | str]] = [{"kind": "whole", "keep": 1.0, "zeros": score(), "means": score()}]
     for keep in SHARES:
         heads = HisSelector(budget=Budget.fraction(keep)).select(model, stats=stats)
-        width = model.config.intermediate_size
-        neurons = uniform_plan(model, model.config.num_attention_heads, round(keep * width), stats)
+        neurons = uniform_plan(model, layout.num_heads, round(keep * max(layout.num_neurons)), stats)
         plans = {"heads": heads, "neurons": neurons, "both": heads.with_neurons(neurons.neurons, neurons.num_neurons)}
         for kind in KINDS:
             row: dict[str, float | str] = {"kind": kind, "keep": keep}
