@@ -13,10 +13,10 @@ SHELL := /bin/bash
 demo: $(VENV)/.installed-demo
 	$(BIN)/shrp-hf demo --output out/demo
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test  # whole files to a worker: what a file's tests share is made once
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n $(PYTEST_WORKERS)
+	$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow
@@ -25,7 +25,7 @@ test-browser: $(VENV)/.installed-test $(VENV)/.installed-browser  # in the Chrom
 	$(BIN)/pytest -q -m browser -rs
 
 test-faults: $(VENV)/.installed-test  # KILLS=100 kills more often
-	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) -m "not slow and not load" tests/faults tests/test_compare.py
+	FAULTS_PROFILE=full $(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile -m "not slow and not load" tests/faults tests/test_compare.py
 
 test-load: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m load

@@ -2,8 +2,9 @@
 
     python -m experiments.means --dense DIR --dataset sst2 --data-dir DIR --output out/means.json
 
-Heads by HIS and neurons by their importance, the same share of each; scores are of the reported rows, calibration is on
-training rows. With zeros what is cut puts out nothing, with means its mean over the calibration rows.
+Heads by HIS and neurons by their importance, the same share of each (of neurons in every layer); scores are of the
+reported rows, calibration is on training rows. With zeros what is cut puts out nothing, with
+means its mean over the calibration rows.
 """
 
 import argparse
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from shrp_hf.families import head_layout
 from shrp_hf.plans.budget import Budget
 from shrp_hf.pruning import masked_heads
 from shrp_hf.publishing.report import evaluate_on, write_text
 from shrp_hf.scoring import StatsRequest, collect_head_stats
-from shrp_hf.selectors import HisSelector, NeuronImportanceSelector
+from shrp_hf.selectors import HisSelector
+from shrp_hf.structures import uniform_plan
 from shrp_hf.tasks.loading import load_task
 from shrp_hf.tasks.task import Task
 from shrp_hf.training.sampling import calibration_batches
@@ -34,7 +37,7 @@ def measure(
     data = task.tokenize(tokenizer)
     batches = calibration_batches(data["train"], tokenizer, num_rows, batch_size=32, seed=seed)
     request = StatsRequest(importance=True, neurons=True, means=True)
-    stats = collect_head_stats(model, batches, request)
+    stats, layout = collect_head_stats(model, batches, request), head_layout(model)
 
     def score() -> float:
         return evaluate_on(model, data["test"], task, tokenizer)[task.headline]
@@ -42,9 +45,8 @@ def measure(
     found: list[dict[str, float | str]] = [{"kind": "whole", "keep": 1.0, "zeros": score(), "means": score()}]
     for keep in SHARES:
         heads = HisSelector(budget=Budget.fraction(keep)).select(model, stats=stats)
-        plans = {"heads": heads}
-        for kind, start in (("neurons", None), ("both", heads)):
-            plans[kind] = NeuronImportanceSelector(keep=keep).select(model, stats=stats, plan=start)
+        neurons = uniform_plan(model, layout.num_heads, round(keep * max(layout.num_neurons)), stats)
+        plans = {"heads": heads, "neurons": neurons, "both": heads.with_neurons(neurons.neurons, neurons.num_neurons)}
         for kind in KINDS:
             row: dict[str, float | str] = {"kind": kind, "keep": keep}
             for name, means in (("zeros", None), ("means", stats.output_means())):

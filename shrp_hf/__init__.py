@@ -31,7 +31,7 @@ _NAMES = {
     "plans.keep_plan": "KeepPlan",
     "pruning": "masked_heads prune_heads to_shrp to_stock",
     "selectors": "CahpDirectSelector CahpSelector EntropySelector HiesSelector HisSelector MagnitudeSelector "
-    "NeuronImportanceSelector NeuronMagnitudeSelector NeuronRandomSelector RandomSelector UsageSelector",
+    "RandomSelector UsageSelector",
     "selectors.dsp": "DspCallback",
     "training.arguments": "ShrpTrainingArguments recovery_arguments",
     "training.trainer": "ShrpTrainer",

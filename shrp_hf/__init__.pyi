@@ -202,15 +202,6 @@ from shrp_hf.selectors import (
     MagnitudeSelector as MagnitudeSelector,
 )
 from shrp_hf.selectors import (
-    NeuronImportanceSelector as NeuronImportanceSelector,
-)
-from shrp_hf.selectors import (
-    NeuronMagnitudeSelector as NeuronMagnitudeSelector,
-)
-from shrp_hf.selectors import (
-    NeuronRandomSelector as NeuronRandomSelector,
-)
-from shrp_hf.selectors import (
     RandomSelector as RandomSelector,
 )
 from shrp_hf.selectors import (

@@ -20,7 +20,7 @@ from shrp_hf.plans.budget import Budget
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.pruning import prune_heads, to_shrp
 from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats
-from shrp_hf.selectors import HisSelector, NeuronImportanceSelector
+from shrp_hf.selectors import HisSelector
 from shrp_hf.training.recipes import Setup
 from shrp_hf.training.sampling import calibration_batches
 
@@ -95,7 +95,7 @@ def uniform_plan(dense: PreTrainedModel, heads: int, neurons: int, stats: HeadSt
         stats: From `score`, of this model.
 
     Raises:
-        ValueError: A layer has not as many.
+        ValueError: A layer has not as many, or `stats` are of another model.
     """
     layout = head_layout(dense)
     width = max(layout.num_neurons)
@@ -103,8 +103,11 @@ def uniform_plan(dense: PreTrainedModel, heads: int, neurons: int, stats: HeadSt
         raise ValueError(
             f"`heads` must be 1 to {layout.num_heads} and `neurons` 0 to {width}, those of a layer, got {heads} and {neurons}."
         )
+    if stats.widths != layout.num_neurons:
+        raise ValueError("`stats` are those of a model with other neurons: score this model.")
     plan = HisSelector(budget=Budget.heads(heads * layout.num_layers), per_layer=True).select(dense, stats=stats)
-    return NeuronImportanceSelector(keep=neurons / width).select(dense, stats=stats, plan=plan)
+    best = [scores.sort(descending=True, stable=True).indices[:neurons] for scores in stats.neuron_importance()]
+    return plan.with_neurons([sorted(kept.tolist()) for kept in best], layout.num_neurons)
 
 
 def thin_reach(dense: PreTrainedModel, table: CostTable) -> float:

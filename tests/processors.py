@@ -101,7 +101,7 @@ def main() -> int:
             failed.append(name)
             continue
         sys.stdout.flush()
-        workers = [] if name == "one-thread" else ["-n", words.workers]
+        workers = [] if name == "one-thread" else ["-n", words.workers, "--dist", "loadfile"]
         tests = [python, "-m", "pytest", "-q", *workers, *words.tests]
         if subprocess.run(tests, cwd=ROOT, env=os.environ | variables, check=False).returncode:
             failed.append(name)

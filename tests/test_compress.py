@@ -78,12 +78,11 @@ def plain(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _quick(request, monkeypatch):
-    """Opens the result in a new process in one test only, and draws few resamples: both cost seconds."""
+def _quick(monkeypatch):
+    """Opens no result in a new process, as `test_compress_structures` does, and draws few resamples: both cost seconds."""
     monkeypatch.setattr("shrp_hf.workflows.compress.verdict.NUM_RESAMPLES", 50)
     monkeypatch.setattr(compress_run, "latency_table", flop_table)
-    if "loads" not in request.node.name:
-        monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
+    monkeypatch.setattr(compress_run, "problem_when_reopened", lambda *args: "")
 
 
 @pytest.fixture

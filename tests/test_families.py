@@ -25,7 +25,6 @@ import shrp_hf
 from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.measuring import count_flops, count_parameters
-from shrp_hf.measuring.cost import model_cost
 from shrp_hf.numerics import rounding_bound
 from tests.tiny import SIZES, assert_near, batch, force_experts_, randomize_, same_state
 
@@ -509,14 +508,9 @@ def test_experts_are_refused_by_name_where_they_cannot_be(family):
 
 @pytest.mark.parametrize("family", sorted(set(TABLE) - {"xlm-roberta", "camembert"}))
 def test_experts_are_counted(family):
-    two, one = (prune_heads(routed_model(family), KeepPlan((ALL, kept, kept), 4)) for kept in ((1, 3), (1,)))
-    parameters, flops = model_cost(two, 2, 6).after([4, 1, 1])
-    assert parameters == one.num_parameters()
+    one = prune_heads(routed_model(family), KeepPlan((ALL, (1,), (1,)), 4))
     assert count_parameters(one).whole < count_parameters(stock(family)).whole
-    counted = count_flops(one, 2, 6)
-    assert counted < count_flops(stock(family), 2, 6)
-    if not family.startswith("deberta"):
-        assert flops == counted
+    assert count_flops(one, 2, 6) < count_flops(stock(family), 2, 6)
 
 
 @pytest.mark.parametrize("top", [1, 2])

@@ -1,7 +1,8 @@
 """push_to_hub and from_pretrained against a local server that speaks the Hub's HTTP API.
 
 The server holds one repository in memory: creation, the question how each file goes up, large files by LFS, the commit,
-and downloads. The client is this file in a process of its own, because huggingface_hub reads its endpoint when imported.
+and downloads. The client is this file in a process of its own, because huggingface_hub reads its endpoint when imported; it
+tells the server how to fail, so that one process tries it all.
 """
 
 import base64
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 REPO = "org/half-bert"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_stub"
+REFUSALS = {"api/repos/create": 403, "commit/": 500}
 MESSAGES = {403: "You are not allowed to do that.", 500: "Something broke."}
 
 
@@ -33,6 +36,9 @@ class Hub:
 
     def answer(self, method, path, body):
         """Returns status, body (bytes, or what becomes JSON) and headers."""
+        if path == "/failures":
+            self.failures = json.loads(body)
+            return 200, {"files": len(self.files)}, {}
         failure = next((status for part, status in self.failures.items() if part in path), None)
         if failure:
             return failure, {"error": MESSAGES[failure]}, {"X-Error-Message": MESSAGES[failure]}
@@ -150,18 +156,43 @@ def half():
     return prune_heads(dense, KeepPlan(((0, 1),) * dense.config.num_hidden_layers, dense.config.num_attention_heads))
 
 
+def fail(**failures):
+    """Tells the server what to refuse from now on; returns how many files it holds."""
+    body = json.dumps({f"/{part}": status for part, status in failures.items()}).encode()
+    with urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/failures", data=body) as answer:
+        return json.load(answer)["files"]
+
+
 def push(with_code):
+    """Pushes to a server that refuses, to one that breaks, and to one that works; keeps what the first two said."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    said = []
+    for part, status in REFUSALS.items():
+        fail(**{part: status})
+        try:
+            half().push_to_hub(REPO, with_code=with_code)
+        except HfHubHTTPError as error:
+            said.append([str(error), fail()])
+    Path("said.json").write_text(json.dumps(said), encoding="utf-8")
     half().push_to_hub(REPO, with_code=with_code)
 
 
 def pull(trusting):
-    """Opens what is there with Transformers alone, or with shrp_hf, and keeps its logits."""
+    """Opens what is there with Transformers alone, or with shrp_hf, and keeps its logits; first while weights are refused."""
     from transformers import AutoModelForSequenceClassification
 
     if not trusting:
         import shrp_hf  # noqa: F401
     load = AutoModelForSequenceClassification.from_pretrained
-    model = load(REPO, trust_remote_code=True) if trusting else load(REPO)
+    trust = {"trust_remote_code": True} if trusting else {}
+    fail(**{"model.safetensors": 403})
+    try:
+        load(REPO, cache_dir="refused", **trust)
+    except (OSError, ValueError) as error:
+        Path("refused.txt").write_text(str(error), encoding="utf-8")
+    fail()
+    model = load(REPO, **trust)
     assert type(model).__module__.startswith("transformers_modules" if trusting else "shrp_hf")
     with torch.inference_mode():
         torch.save(model.eval()(torch.load("ids.pt")).logits, "logits.pt")
@@ -170,9 +201,13 @@ def pull(trusting):
 @pytest.mark.parametrize(
     "with_code", [pytest.param(True, id="with its code"), pytest.param(False, id="without", marks=pytest.mark.slow)]
 )
-def test_a_pushed_model_comes_back_from_the_hub(with_code, hub, tmp_path):
+def test_a_pushed_model_comes_back_from_the_hub_and_failures_are_said(with_code, hub, tmp_path):
     pushed = client(hub, tmp_path, "push", int(with_code))
     assert pushed.returncode == 0, pushed.stderr
+    said = json.loads((tmp_path / "said.json").read_text(encoding="utf-8"))
+    for (message, num_files), status in zip(said, REFUSALS.values(), strict=True):
+        assert MESSAGES[status] in message
+        assert num_files == 0
     assert hub.created
     assert {"config.json", "model.safetensors"} <= hub.files.keys()
     assert any(name.endswith(".py") for name in hub.files) == with_code
@@ -184,27 +219,9 @@ def test_a_pushed_model_comes_back_from_the_hub(with_code, hub, tmp_path):
     torch.save(ids, tmp_path / "ids.pt")
     pulled = client(hub, tmp_path, "pull", int(with_code))
     assert pulled.returncode == 0, pulled.stderr
+    assert (tmp_path / "refused.txt").exists()
     with torch.inference_mode():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), half()(ids).logits)
-
-
-@pytest.mark.parametrize(("part", "status"), [("/api/repos/create", 403), ("/commit/", 500)], ids=["not allowed", "broken"])
-def test_a_hub_that_refuses_is_quoted_and_nothing_is_there(part, status, hub, tmp_path):
-    hub.failures[part] = status
-    pushed = client(hub, tmp_path, "push", 1)
-    assert pushed.returncode != 0
-    assert MESSAGES[status] in pushed.stderr
-    assert not hub.files
-
-
-def test_a_download_that_breaks_is_an_error(hub, tmp_path):
-    half().save_pretrained(tmp_path / "saved")
-    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
-    hub.created = True
-    hub.failures["/model.safetensors"] = 403
-    pulled = client(hub, tmp_path, "pull", 0)
-    assert pulled.returncode != 0
-    assert not (tmp_path / "logits.pt").exists()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,11 @@ def inputs_of(model, size=5, length=9):
     return {name: values.to(model.dtype) for name, values in random_inputs(model, size, 1).items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+SUBSETS = ("dense", "static", "half")  # what is compiled of them is compiled of others too
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SUBSETS else ()) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_compiled_without_a_graph_break_equals_eager(name):
     torch._dynamo.reset()
     model = MODELS[name]().double().eval()
@@ -76,7 +80,7 @@ def test_compiled_without_a_graph_break_equals_eager(name):
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **EXACT)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_exported_with_dynamic_batch_and_length_equals_eager(name):
     model = MODELS[name]().double().eval()
     inputs = inputs_of(model)

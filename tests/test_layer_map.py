@@ -60,8 +60,11 @@ def drawn_means(seed=3):
 # --- cut == masked ---
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "attention", "padding"), CASES)
+@pytest.mark.parametrize(
+    ("family", "attention", "padding", "plan"),
+    # Every plan with padding on the left; where there is padding on the right, of heads and neurons.
+    [(*case, plan) for case in CASES for plan in PLANS if case[-1] != "right" or plan == "both"],
+)
 def test_cut_equals_masked_and_back_to_stock_equals_cut(family, attention, padding, plan):
     model, plan = stock(family, attention=attention), PLANS[plan]
     with_means = plan in (PLANS["both"], PLANS["neither"])

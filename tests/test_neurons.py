@@ -1,4 +1,4 @@
-"""Neurons: importance and means against a reference that takes one sample at a time, and who chooses by them."""
+"""Neurons: importance and means against a reference that takes one sample at a time."""
 
 import copy
 import re
@@ -8,22 +8,15 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from shrp_hf import (
-    Budget,
-    HisSelector,
     KeepPlan,
-    NeuronImportanceSelector,
-    NeuronMagnitudeSelector,
-    NeuronRandomSelector,
     masked_heads,
     prune_heads,
 )
 from shrp_hf.families import head_layout
-from shrp_hf.measuring import count_flops, model_cost, peak_memory
+from shrp_hf.measuring import peak_memory
 from shrp_hf.models.slicing import OutputMeans
 from shrp_hf.scoring import HeadStats, StatsRequest, collect_head_stats, neuron_magnitude
-from shrp_hf.selectors import NEURON_SELECTORS
 from tests.test_families import ALL, EXACT, TABLE, inputs, outputs, stock
-from tests.tiny import tiny_routed
 
 EMPTY = KeepPlan.full(3, 4).with_neurons(((), (), ()), 64)
 BOTH = StatsRequest(importance=True, neurons=True, means=True)
@@ -154,129 +147,10 @@ def test_statistics_are_saved_resumed_and_loaded(tmp_path):
         assert all(torch.equal(stats.sums[name], value) for name, value in expected.sums.items())
 
 
-# --- who chooses ---
-
-
-def scored(selector, model, scores):
-    """A selector that has scored this model so."""
-    selector._layout, selector.scores = head_layout(model), tuple(torch.tensor(row, dtype=torch.float64) for row in scores)
-    return selector
-
-
-RISING = [[i + 100.0 * layer for i in range(64)] for layer in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("options", "widths"),
-    [
-        ({"keep": 0.5}, (32, 32, 32)),
-        ({"keep": 0.5, "per_layer": False}, (0, 32, 64)),
-        ({"keep": 0.3}, (19, 19, 19)),
-        ({"keep": 0.3, "multiple_of": 8}, (16, 16, 16)),
-        ({"keep": 0.95, "multiple_of": 48}, (48, 48, 48)),
-        ({"keep": 0.5, "frozen_layers": [1]}, (32, 64, 32)),
-        ({"keep": 0.25, "per_layer": False, "frozen_layers": [2]}, (0, 32, 64)),
-        ({"keep": 0}, (0, 0, 0)),
-        ({"keep": 1}, (64, 64, 64)),
-    ],
-    ids=str,
-)
-def test_the_best_neurons_stay(options, widths):
-    model = stock("bert")
-    plan = scored(NeuronMagnitudeSelector(**options), model, RISING).plan(KeepPlan(((0,), (), ALL), 4))
-    assert plan.kept == ((0,), (), ALL)
-    assert plan.num_neurons == (64, 64, 64)
-    assert plan.neurons == tuple(tuple(range(64 - width, 64)) for width in widths)
-    cut = prune_heads(model, plan)
-    assert head_layout(cut).num_neurons == widths
-
-
-def test_selectors_score_and_complete_a_plan_for_heads():
-    model, found = stock("bert"), batches("bert")
-    heads = HisSelector(budget=Budget.fraction(0.5))
-    neurons = NeuronImportanceSelector(keep=0.25)
-    stats = collect_head_stats(model, found, heads.request | neurons.request)
-    plan = neurons.select(model, stats=stats, plan=heads.select(model, stats=stats))
-    assert (plan.num_kept, plan.num_kept_neurons) == (6, 48)
-    assert neurons.select(model, found).neurons == plan.neurons
-    best = stats.neuron_importance()[1].topk(16).indices
-    assert set(best.tolist()) == set(plan.neurons[1])
-    assert NeuronMagnitudeSelector(keep=1).score(model)[0].equal(neuron_magnitude(model)[0])
-    draws = {seed: NeuronRandomSelector(keep=0.5, seed=seed).select(model) for seed in (0, 1)}
-    assert draws[0] != draws[1]
-    assert draws[0] == NeuronRandomSelector(keep=0.5).select(model)
-    assert set(NEURON_SELECTORS) == {"importance", "magnitude", "random"}
-
-
-def test_expert_layers_have_no_neurons_to_choose():
-    model = tiny_routed([1])
-    model.prune_heads(KeepPlan((ALL, (2,), ALL), 4))
-    plan = NeuronImportanceSelector(keep=0.5).select(model, batches("bert"))
-    assert [len(kept) for kept in plan.neurons] == [32, 0, 32]
-    assert prune_heads(model, plan).config.intermediate_sizes == [32, 0, 32]
-
-
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda: NeuronMagnitudeSelector(keep=1.5), "`keep` must be a share from 0 to 1, got 1.5."),
-        (
-            lambda: NeuronMagnitudeSelector(keep=0.5, multiple_of=0),
-            "`multiple_of` must be a whole number from 1, got 0.",
-        ),
-        (
-            lambda: NeuronMagnitudeSelector(keep=0.5, frozen_layers=[3]).select(stock("bert")),
-            "`frozen_layers` names layer 3, but the model's layers are 0 to 2.",
-        ),
-        (
-            lambda: NeuronMagnitudeSelector(keep=0.5, frozen_layers=[0, 1, 2]).select(stock("bert")),
-            "`frozen_layers` [0, 1, 2] leave no neuron to choose.",
-        ),
-        (
-            lambda: NeuronImportanceSelector(keep=0.5).select(stock("bert")),
-            "`NeuronImportanceSelector` needs calibration data: give `batches` or `stats`.",
-        ),
-        (
-            lambda: NeuronMagnitudeSelector(keep=0.5).plan(),
-            "Nothing is scored yet: call `select` or `score` with a model first.",
-        ),
-        (
-            lambda: NeuronMagnitudeSelector(keep=0.5).select(stock("bert"), plan=KeepPlan.full(2, 4)),
-            "`plan` is for 2 layers of 4 heads, but the model that was scored has 3 layers of 4 heads.",
-        ),
-        (
-            lambda: collect_head_stats(prune_heads(stock("bert"), EMPTY), batches("bert"), BOTH),
-            "`model` has no FFN neurons left: leave `neurons` out of the request.",
-        ),
-    ],
-)
-def test_what_cannot_be_chosen_is_refused(act, message):
+def test_scoring_neurons_of_a_model_without_any_is_refused():
+    message = "`model` has no FFN neurons left: leave `neurons` out of the request."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        act()
-
-
-# --- what it costs ---
-
-
-@pytest.mark.parametrize("family", ["bert", "distilbert", "vit"])
-def test_cost_of_a_plan_is_that_of_the_cut_model(family):
-    model = stock(family, dtype=torch.float32)
-    cost = model_cost(model, 2, 7)
-    for plan in (KeepPlan(((0, 2), (), ALL), 4, ((1, 2, 3), range(64), ()), 64), KeepPlan(((1,), ALL, (2,)), 4)):
-        cut = prune_heads(model, plan)
-        heads, neurons = [len(kept) for kept in plan.kept], plan.neurons and [len(kept) for kept in plan.neurons]
-        assert cost.after(heads, neurons) == (cut.num_parameters(), count_flops(cut, 2, 7))
-        again = model_cost(cut, 2, 7)
-        assert again.after([min(1, n) for n in heads], again.neurons) == cost.after([min(1, n) for n in heads], neurons)
-
-
-def test_cost_of_experts_is_that_of_the_cut_model():
-    model = tiny_routed([2])
-    with pytest.raises(ValueError, match=r"^Layers \[2\] are routed: which experts run is not fixed. Prune them first.$"):
-        model_cost(model, 2, 7)
-    model.prune_heads(KeepPlan((ALL, ALL, (0, 1, 3)), 4))
-    cut = prune_heads(model, KeepPlan(((1,), ALL, (3,)), 4))
-    assert model_cost(model, 2, 7).after([1, 4, 1]) == (cut.num_parameters(), count_flops(cut, 2, 7))
+        collect_head_stats(prune_heads(stock("bert"), EMPTY), batches("bert"), BOTH)
 
 
 def test_magnitude_is_the_norm_of_rows_and_column():

@@ -87,6 +87,7 @@ print(json.dumps(logits.argmax(-1).tolist()))
 
 @needs_openvino
 @pytest.mark.parametrize("precision", ["float16", "int8", "int8-static"])
+@pytest.mark.usefixtures("traced_once")
 def test_a_process_without_torch_classifies_as_the_model_does(precision, classifier, tmp_path):
     words = ["--format", "openvino", "--precision", precision, "--min-agreement", "0.7"]
     if precision == "int8-static":

@@ -14,7 +14,6 @@ from experiments import int8 as int8_benchmark
 from experiments import serving as serving_benchmark
 from shrp_hf import KeepPlan, cli, prune_heads
 from shrp_hf.measuring import Timing, count_flops, environment
-from shrp_hf.measuring import timing as timing_module
 from shrp_hf.measuring.environment import instruction_sets, versions_of
 from shrp_hf.measuring.runtimes import EXPORTED, FileRunner, TorchRunner
 from shrp_hf.measuring.workloads import Workload, count_flops_of
@@ -29,8 +28,7 @@ TEXTS = ("good", "the film is bad", "the film", "is is is is is is is is is is i
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(timing_module, "MIN_ROUND_SECONDS", 0.0)
+def quick(monkeypatch, traced_once):
     for name in ("onnx", "int8"):  # half the tracing
         monkeypatch.setitem(EXPORTED, name, replace(EXPORTED[name], graph="fused"))
 

@@ -146,6 +146,13 @@ def test_every_selector_that_scores_neurons_spends_on_both(build):
     assert build(budget=Budget.speedup(1.05, table=SECONDS), neurons=False).select(model, labelled()).neurons is None
 
 
+def test_random_neurons_are_drawn_by_the_seed():
+    budget = Budget.fraction(0.5)
+    plans = [RandomSelector(budget=budget, neurons=True, neuron_step=8, seed=seed).select(tiny_bert()) for seed in (0, 1, 0)]
+    assert plans[0].neurons != plans[1].neurons
+    assert plans[0] == plans[2]
+
+
 def test_half_of_both_in_every_layer():
     plan = MagnitudeSelector(budget=Budget.fraction(0.5), neurons=True, per_layer=True, neuron_step=8).select(tiny_bert())
     assert counts(plan) == [(2, 32)] * 3
@@ -170,6 +177,16 @@ def test_a_model_that_was_cut_is_cut_further_and_layers_may_lose_all():
     plan = selector.select(model)
     assert (0, 0) in counts(plan)
     assert count_flops(prune_heads(model, plan), 2, 9) <= 0.1 * count_flops(model, 2, 9)
+
+
+def test_a_model_without_neurons_is_cut_by_its_heads_alone():
+    model = prune_heads(tiny_bert(), KeepPlan.full(3, 4).with_neurons(((), (), ()), 64))
+    for budget in (Budget.flops(keep=0.9, at=Serving(2, 9)), Budget.parameters(keep=0.9), Budget.fraction(0.5)):
+        with pytest.raises(ValueError, match="^`model` has no FFN neurons left to choose: give the selector `neurons=False`"):
+            MagnitudeSelector(budget=budget, neurons=True).select(model)
+    plan = MagnitudeSelector(budget=Budget.flops(keep=0.9, at=Serving(2, 9)), neurons=False).select(model)
+    assert 0.6 * count_flops(model, 2, 9) < count_flops(prune_heads(model, plan), 2, 9) <= 0.9 * count_flops(model, 2, 9)
+    assert parameter_table(model).total([(4, 0)] * 3) == size(model)
 
 
 # --- refusals ---

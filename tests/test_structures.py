@@ -181,3 +181,6 @@ def test_uniform_plan_keeps_what_matters_most_in_each_layer(setup):
         message = f"`heads` must be 1 to 4 and `neurons` 0 to 64, those of a layer, got {heads} and {neurons}."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             uniform_plan(dense, heads, neurons, stats)
+    thin_one = prune_heads(dense, plan)
+    with pytest.raises(ValueError, match=r"^`stats` are those of a model with other neurons: score this model.$"):
+        uniform_plan(thin_one, 2, 24, stats)

@@ -2,12 +2,9 @@
 
 from shrp_hf.measuring.comparison import ModelReport, accuracy_interval, report_table
 from shrp_hf.measuring.cost import (
-    LayerCost,
-    ModelCost,
     ParameterCount,
     count_flops,
     count_parameters,
-    model_cost,
     peak_memory,
     random_inputs,
 )
@@ -18,8 +15,6 @@ from shrp_hf.measuring.timing import Progress, Timing, measure_calls, measure_th
 
 __all__ = [
     "CostTable",
-    "LayerCost",
-    "ModelCost",
     "ModelReport",
     "ParameterCount",
     "Progress",
@@ -32,7 +27,6 @@ __all__ = [
     "measure_calls",
     "measure_throughput",
     "measure_training_step",
-    "model_cost",
     "parameter_table",
     "peak_memory",
     "random_inputs",

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
-from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.models.lengths import num_positions
 
 
@@ -85,101 +83,6 @@ def count_flops(model: nn.Module, batch_size: int, length: int) -> int:
         for parameter in trained:
             parameter.requires_grad_(True)
     return counter.get_total_flops()
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one head and one neuron of a layer cost; FLOPs are those of one forward pass of a batch.
-
-    Args:
-        head_parameters: Rows of query, key and value with their biases, columns of the output; of an expert layer without.
-        head_flops: Projections and attention of one head; without what DeBERTa makes of positions for each head, which the
-            table of a budget by FLOPs has (`costs.flop_table`).
-        neuron_parameters: Rows with their biases, and the column; 0 in an expert layer.
-        neuron_flops: Both products of one neuron.
-    """
-
-    head_parameters: int
-    head_flops: int
-    neuron_parameters: int
-    neuron_flops: int
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """What a model costs, and every head and neuron in it: so what any plan costs, without cutting.
-
-    Args:
-        parameters: Of the whole model, task head included.
-        flops: Of one forward pass of the batch.
-        heads: Per layer the heads (experts) that are there.
-        neurons: Per layer the neurons that are there.
-        layers: Per layer the cost of one of each.
-    """
-
-    parameters: int
-    flops: int
-    heads: tuple[int, ...]
-    neurons: tuple[int, ...]
-    layers: tuple[LayerCost, ...]
-
-    def after(self, heads: Sequence[int], neurons: Sequence[int] | None = None) -> tuple[int, int]:
-        """Returns parameters and FLOPs of the model with so many heads and neurons in each layer.
-
-        Args:
-            heads: Per layer the heads (experts) that stay.
-            neurons: Per layer the neurons that stay; None: all.
-        """
-        neurons = self.neurons if neurons is None else neurons
-        parameters, flops = self.parameters, self.flops
-        for i, cost in enumerate(self.layers):
-            gone_heads, gone_neurons = self.heads[i] - heads[i], self.neurons[i] - neurons[i]
-            parameters -= gone_heads * cost.head_parameters + gone_neurons * cost.neuron_parameters
-            flops -= gone_heads * cost.head_flops + gone_neurons * cost.neuron_flops
-        return parameters, flops
-
-
-def model_cost(model: PreTrainedModel, batch_size: int, length: int) -> ModelCost:
-    """Counts what a model, and each head and neuron of it, costs.
-
-    Args:
-        model: A supported encoder without routers.
-        batch_size: Sequences (images) in the batch.
-        length: Tokens per sequence, as in `count_flops`.
-
-    Raises:
-        ValueError: See `count_flops` and `head_layout`; or routers still run.
-    """
-    layout = head_layout(model)
-    if layout.is_routed:
-        raise ValueError(f"Layers {list(layout.expert_layers)} are routed: which experts run is not fixed. Prune them first.")
-    shapes: list[tuple[int, ...]] = []
-    handle = layout.layers[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    try:
-        flops = count_flops(model, batch_size, length)
-    finally:
-        handle.remove()
-    batch, tokens, _ = shapes[0]
-    layers = tuple(_layer_cost(layout, i, batch, tokens) for i in range(layout.num_layers))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelCost(parameters, flops, tuple(map(len, layout.kept)), layout.num_neurons, layers)
-
-
-def _layer_cost(layout: HeadLayout, layer: int, batch: int, length: int) -> LayerCost:
-    """FLOPs as `count_flops` counts them: products only, a multiply-add as 2."""
-    head_parameters = head_flops = neuron_parameters = neuron_flops = 0
-    is_ordinary = layer not in layout.expert_layers
-    if layout.kept[layer]:
-        rows = [weight.shape[1] + (bias is not None) for weight, bias in layout.heads_in(layer)]
-        outputs = layout.output(layer).weight.shape[0] if is_ordinary else 0
-        head_parameters = layout.head_size * (sum(rows) + outputs)
-        inputs = sum(weight.shape[1] for weight, _ in layout.heads_in(layer)[:3])
-        head_flops = 2 * batch * length * layout.head_size * (inputs + outputs + 2 * length)
-    if layout.num_neurons[layer]:
-        neuron_parameters = layout.neuron_parameters(layer)
-        columns = sum(weight.shape[1] for weight, _ in layout.neurons_in(layer)) + layout.neurons_out(layer).weight.shape[0]
-        neuron_flops = 2 * batch * length * columns
-    return LayerCost(head_parameters, head_flops, neuron_parameters, neuron_flops)
 
 
 def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:

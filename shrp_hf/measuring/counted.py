@@ -67,4 +67,10 @@ def _linear(unit: str, layout: HeadLayout, whole: int, head: int, neuron: int) -
     heads = max((len(layout.kept[i]) for i in ordinary), default=0)
     neurons = max(layout.num_neurons)
     fixed = whole - sum(head * len(layout.kept[i]) + neuron * layout.num_neurons[i] for i in ordinary)
-    return CostTable(unit, fixed, 0, (0, heads), (0, head * heads), (0, neurons), (0, neuron * neurons))
+    (num_heads, attention), (num_neurons, ffn) = _line(heads, head), _line(neurons, neuron)
+    return CostTable(unit, fixed, 0, num_heads, attention, num_neurons, ffn)
+
+
+def _line(most: int, each: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Counts from 0 to `most`, and what they cost; 0 alone where there are none."""
+    return ((0, most), (0, each * most)) if most else ((0,), (0,))

@@ -10,12 +10,6 @@ from shrp_hf.selectors.baselines import (
 )
 from shrp_hf.selectors.cahp import CahpDirectSelector, CahpSelector, HeadClusterSelector
 from shrp_hf.selectors.hies import HiesSelector
-from shrp_hf.selectors.neurons import (
-    NeuronImportanceSelector,
-    NeuronMagnitudeSelector,
-    NeuronRandomSelector,
-    NeuronSelector,
-)
 
 SELECTORS: dict[str, type[Selector]] = {
     "cahp": CahpSelector,
@@ -28,14 +22,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "usage": UsageSelector,
 }
 
-NEURON_SELECTORS: dict[str, type[NeuronSelector]] = {
-    "importance": NeuronImportanceSelector,
-    "magnitude": NeuronMagnitudeSelector,
-    "random": NeuronRandomSelector,
-}
-
 __all__ = [
-    "NEURON_SELECTORS",
     "SELECTORS",
     "CahpDirectSelector",
     "CahpSelector",
@@ -44,10 +31,6 @@ __all__ = [
     "HiesSelector",
     "HisSelector",
     "MagnitudeSelector",
-    "NeuronImportanceSelector",
-    "NeuronMagnitudeSelector",
-    "NeuronRandomSelector",
-    "NeuronSelector",
     "RandomSelector",
     "Selector",
     "UsageSelector",

@@ -276,6 +276,8 @@ class Selector(ABC):
         """What there is to choose of a model that can meet the budget."""
         choice = replace(self._choice(head_layout(model)), model=model)
         self._tables = {}
+        if self._chooses_neurons(self.budget) and not any(choice.layout.num_neurons):
+            raise ValueError("`model` has no FFN neurons left to choose: give the selector `neurons=False`.")
         if self._is_priced(self.budget):
             spending, limit = self._spending(choice, self.budget)
             warn_of_another_machine(spending.table)
