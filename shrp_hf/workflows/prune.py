@@ -159,9 +159,7 @@ def prune_posthoc(
         ImportError: matplotlib, which draws the pictures, is not installed.
     """
     check_drawable()
-    recipe = find_recipe(
-        options.recipe, recovery_epochs=options.recovery_epochs, recovery_learning_rate=options.learning_rate
-    )
+    recipe = find_recipe(options.recipe, recovery_epochs=options.recovery_epochs, recovery_learning_rate=options.learning_rate)
     if options.teacher is not None and not (options.recovery_epochs and recipe.distils):
         raise ValueError(
             f"`teacher` {options.teacher!r} would teach nothing: give `recovery_epochs`, and a recipe in which the model is "
