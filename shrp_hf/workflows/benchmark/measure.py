@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import BATCH_SIZE, ROUNDS
 from shrp_hf.export import ExportRows, export_model
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.measuring import measure_calls
@@ -50,12 +51,12 @@ class ServingOptions:
     runtimes: tuple[str, ...] = ("eager",)
     shapes: tuple[tuple[int, int], ...] = ((1, 32), (8, 128))
     texts: tuple[str, ...] = ()
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
     max_length: int | None = None
     num_threads: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    num_rounds: int = 15
+    num_rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]
