@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shrp_hf.cli.app import JsonOption, app, console, list_option, shape_of
+from shrp_hf.defaults import BATCH_SIZE
 
 
 @app.command()
@@ -23,7 +24,7 @@ def benchmark(
         list, list_option(shape_of, "Batch x length of each workload, or none.", "shapes like 8x128")
     ] = "1x32,8x128",  # type: ignore[assignment]
     texts: Annotated[Path | None, typer.Option(help="Text file: its lines are one more workload, sorted by length.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Lines of the text file per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Lines of the text file per batch.")] = BATCH_SIZE,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a line; default: the model's positions.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's setting.")] = None,
     device: Annotated[str, typer.Option(help="Where PyTorch runs: cpu, cuda.")] = "cpu",

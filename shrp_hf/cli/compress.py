@@ -29,7 +29,7 @@ from shrp_hf.cli.app import (
     list_option,
     read_task,
 )
-from shrp_hf.defaults import BATCH_SIZE, MAX_LENGTH, SEED
+from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, SEED
 
 
 @app.command()
@@ -59,7 +59,7 @@ def compress(
     ] = None,
     max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = 6,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning first; 0: the model is fine-tuned on this task.")] = 0.0,
-    dense_learning_rate: Annotated[float, typer.Option(help="Learning rate of that fine-tuning.")] = 5e-5,
+    dense_learning_rate: Annotated[float, typer.Option(help="Learning rate of that fine-tuning.")] = DENSE_LEARNING_RATE,
     recipe: RecipeOption = "default",
     expert_selector: ExpertSelectorOption = None,
     balance_epochs_per_layer: Annotated[float | None, typer.Option(help="Routers: epochs of balance a layer.")] = None,
