@@ -261,6 +261,8 @@ def register_family(
     Example:
         >>> register_family("ernie", BERT_LAYER_MAP)["ShrpErnieModel"]  # doctest: +SKIP
     """
+    if not isinstance(layer_map, LayerMap):
+        raise ValueError(f"`layer_map` must be a LayerMap, got {layer_map!r}.")
     if model_type in FAMILIES:
         raise ValueError(f"The family {model_type!r} is registered already: call `register_family` once per process.")
     config, classes = _classes_of(model_type, config_class, model_classes)
@@ -330,9 +332,7 @@ def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrained
     Raises:
         ValueError: Names the field, what it says and what there is.
     """
-    config = base_class.config_class()
-    with torch.device("meta"):
-        base = base_class(config).base_model
+    config, base = _without_weights(base_class)
     layers = _module(model_type, "layers", base, layer_map.layers)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(
@@ -355,7 +355,8 @@ def _check_map(model_type: str, layer_map: LayerMap, base_class: type[PreTrained
         )
     if layer_map.norm_before is not None:
         _module(model_type, "norm_before", layer, layer_map.norm_before)
-    for name, paths in (("after_heads", layer_map.after_heads), ("residual_norm", (layer_map.residual_norm,))):
+    inside = {name: getattr(layer_map, name) for name in ("after_heads", "position_modules")}
+    for name, paths in (inside | {"residual_norm": (layer_map.residual_norm,)}).items():
         for path in filter(None, paths):
             _module(model_type, name, layer, path)
             if not path.startswith(f"{layer_map.attention}."):
@@ -374,18 +375,45 @@ def _check_matrices(model_type: str, layer_map: LayerMap, layer: nn.Module, kind
             f"`ffn_width` of the layer map of {model_type!r} names {layer_map.ffn_width!r}, but the config has no such field."
         )
     parts, output = getattr(layer_map, f"{kind}_in"), getattr(layer_map, f"{kind}_out")
+    least = 3 if kind == "heads" else 1
+    if len(parts) < least:
+        raise ValueError(f"`{kind}_in` of the layer map of {model_type!r} must name {least} part(s) at least, got {parts!r}.")
     for part in parts:
-        weight = _module(model_type, f"{kind}_in", layer, part.path).weight
+        if part.optional and not part.is_in(layer):
+            continue
+        weight = _weight(model_type, f"{kind}_in", layer, part.path)
         if len(weight) != width * part.blocks:
             raise ValueError(
                 f"`{kind}_in` of the layer map of {model_type!r} says {part.blocks} block(s) of {width} rows for "
                 f"{part.path!r}, but it has {len(weight)} rows."
             )
-    columns = _module(model_type, f"{kind}_out", layer, output).weight.shape[1]
+    columns = _weight(model_type, f"{kind}_out", layer, output).shape[1]
     if columns != width:
         raise ValueError(
             f"`{kind}_out` of the layer map of {model_type!r} needs {width} columns in {output!r}, but it has {columns}."
         )
+
+
+def _without_weights(base_class: type[PreTrainedModel]) -> tuple[PreTrainedConfig, nn.Module]:
+    config = base_class.config_class()
+    try:
+        with torch.device("meta"):
+            return config, base_class(config).base_model
+    except (TypeError, ValueError) as error:  # such as a size that its config leaves open
+        raise ValueError(
+            f"`{base_class.__name__}` cannot be built from the default values of `{type(config).__name__}`, which the map is "
+            f"checked on: {error}. Give the config defaults that say all, or `config_class` and `model_classes` of your own."
+        ) from error
+
+
+def _weight(model_type: str, field: str, layer: nn.Module, path: str) -> torch.Tensor:
+    module = _module(model_type, field, layer, path)
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise ValueError(
+            f"`{field}` of the layer map of {model_type!r} names {path!r}, which is a {type(module).__name__} and no matrix."
+        )
+    return weight
 
 
 def _has(owner: object, path: str) -> bool:

@@ -75,6 +75,16 @@ def test_saved_config_opens_with_auto_config(tmp_path):
     assert not config.routed
 
 
+@pytest.mark.parametrize("load", [AutoConfig.from_pretrained, shrp_hf.ShrpBertForSequenceClassification.from_pretrained])
+def test_a_file_of_a_later_format_is_refused_whatever_its_fields_have_become(load, tmp_path):
+    ShrpBertConfig(**SIZES).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"format_version": 3, "kept_heads": {"0": "all"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    message = "`format_version` is 3, but this code reads versions up to 2: install a newer shrp_hf."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load(tmp_path)
+
+
 def test_reads_the_config_of_a_stock_checkpoint(tmp_path):
     BertConfig(**SIZES, id2label={0: "a", 1: "b", 2: "c"}).save_pretrained(tmp_path)
     config = ShrpBertConfig.from_pretrained(tmp_path)

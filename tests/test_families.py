@@ -217,6 +217,16 @@ def test_every_stock_family_has_its_head_map_and_its_shrp_type():
     assert {each.config.model_type for model in models for each in (model, to_shrp(model))} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("family", EAGER_ONLY)
+def test_attention_that_the_stock_class_lacks_is_refused_with_its_message(family):
+    said = []
+    for model in (stock(family), prune_heads(stock(family), MIXED)):
+        with pytest.raises(ValueError, match="does not support an attention implementation through torch") as refused:
+            type(model)._from_config(model.config, attn_implementation="sdpa")
+        said.append(str(refused.value).replace(type(model).__name__, type(model).__name__.removeprefix("Shrp")))
+    assert said[0] == said[1]
+
+
 # --- files ---
 
 
@@ -276,8 +286,7 @@ def test_saved_equals_loaded_in_one_fresh_process(written):
 
 def test_silent_models_and_remote_code_load_without_us(written):
     folders = [written / family / "silent" for family in TABLE]
-    folders += [written / family / "cut" for family in ("roberta", "electra", "distilbert", "vit")]
-    folders += [written / family / "experts" for family in TABLE]
+    folders += [written / family / kind for family in TABLE for kind in ("cut", "experts")]
     for family, kind, name, module, base in read_all(folders, "sys.modules['shrp_hf'] = None", True):
         prefix = "Roberta" if kind != "silent" and TABLE[family][0] in ("XLMRoberta", "Camembert") else TABLE[family][0]
         if kind == "silent":

@@ -1,4 +1,4 @@
-"""The direction of imports: a module imports only from rows above its own, and nobody imports the package root."""
+"""What the modules of the package may not do: import from rows below their own, or repeat a default."""
 
 import ast
 import sys
@@ -7,6 +7,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from shrp_hf import defaults
 
 PACKAGE = Path(__file__).parents[1] / "shrp_hf"
 MAX_LINES = 450
@@ -160,3 +162,32 @@ def test_broken_rule_is_reported(module, source, complaint):
 )
 def test_kept_rules_are_not_reported(module, source):
     assert complaints(f"shrp_hf.{module}", source) == []
+
+
+def repeated_defaults(source: str) -> list[str]:
+    """Arguments and fields that are given, as a literal, the value that `shrp_hf.defaults` has under their name."""
+    shared = {name.lower(): value for name, value in vars(defaults).items() if name.isupper()}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        pairs: list = [(node.target, node.value)] if isinstance(node, ast.AnnAssign) and node.value else []
+        if isinstance(node, ast.Assign):
+            pairs = [(target, node.value) for target in node.targets]
+        if isinstance(node, ast.FunctionDef):
+            named = node.args.posonlyargs + node.args.args
+            pairs = list(zip(named[len(named) - len(node.args.defaults) :], node.args.defaults, strict=True))
+            pairs += [pair for pair in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if pair[1]]
+        for target, value in pairs:
+            name = getattr(target, "arg", getattr(target, "id", "")).lower()
+            if name in shared and isinstance(value, ast.Constant) and value.value == shared[name]:
+                found.append(f"line {value.lineno}: take `{name.upper()}` from shrp_hf.defaults")
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("defaults", "models")])
+def test_a_shared_default_stands_in_one_place(module):
+    assert repeated_defaults(MODULES[module].read_text(encoding="utf-8")) == []
+
+
+def test_a_repeated_default_is_found():
+    source = "seed: int = 0\nMAX_LENGTH = 128\ndef f(a, seed=0, *, batch_size=32, max_length=64): ..."
+    assert [line.partition(":")[0] for line in repeated_defaults(source)] == ["line 1", "line 2", "line 3", "line 3"]

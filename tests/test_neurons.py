@@ -63,7 +63,7 @@ def reference(model, found):
     return importance, [[total / tokens for total in kind] for kind in means]
 
 
-@pytest.mark.parametrize("family", ["bert", "electra", "distilbert", "vit"])
+@pytest.mark.parametrize("family", sorted(set(TABLE) - {"roberta", "xlm-roberta", "camembert"}))  # BERT's map and layers
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_importance_and_means_equal_the_reference(family, padding):
     model, found = stock(family), batches(family, padding)

@@ -192,6 +192,15 @@ class Toy2Model(ToyModel):
     config_class = Toy2Config
 
 
+class OpenConfig(ToyConfig):
+    model_type = "toy2"
+    vocab_size: int | None = None
+
+
+class OpenModel(ToyModel):
+    config_class = OpenConfig
+
+
 class OldConfig(PreTrainedConfig):
     model_type = "toy2"
 
@@ -305,6 +314,41 @@ class OldModel(ToyModel):
             "`after_heads` of the layer map of 'toy2' names 'down', which is not inside its `attention` 'mixer'.",
             id="after heads",
         ),
+        pytest.param(
+            wrong(position_modules=("mixer.turn",)),
+            "`position_modules` of the layer map of 'toy2' names 'mixer.turn', but Block has no such module: it has norm, ",
+            id="positions",
+        ),
+        pytest.param(
+            wrong(heads_in=TOY.heads_in[:2]),
+            f"`heads_in` of the layer map of 'toy2' must name 3 part(s) at least, got {TOY.heads_in[:2]!r}.",
+            id="no value",
+        ),
+        pytest.param(
+            wrong(neurons_in=()),
+            "`neurons_in` of the layer map of 'toy2' must name 1 part(s) at least, got ().",
+            id="no neurons",
+        ),
+        pytest.param(
+            wrong(neurons_out="gate"),
+            "`neurons_out` of the layer map of 'toy2' names 'gate', which is a SiLU and no matrix.",
+            id="no weight",
+        ),
+        pytest.param(
+            wrong(neurons_in=(Part("norm"),)),
+            "`neurons_in` of the layer map of 'toy2' names 'norm', which is a LayerNorm and no matrix.",
+            id="no matrix",
+        ),
+        pytest.param(
+            lambda: register_family("toy2", "bert", Toy2Config, [Toy2Model]),
+            "`layer_map` must be a LayerMap, got 'bert'.",
+            id="no map",
+        ),
+        pytest.param(
+            lambda: register_family("toy2", TOY, OpenConfig, [OpenModel]),
+            "`OpenModel` cannot be built from the default values of `OpenConfig`, which the map is checked on: ",
+            id="defaults that leave a size open",
+        ),
     ],
 )
 def test_refused_and_nothing_registered(act, message):
@@ -313,6 +357,24 @@ def test_refused_and_nothing_registered(act, message):
         act()
     assert dict(FAMILIES) == before
     assert "shrp_toy2" not in transformers.CONFIG_MAPPING
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(1, 1), (-1, 2), (0, 0)])
+def test_a_block_that_is_not_there_is_refused(block, blocks):
+    message = f"`block` of 'up' must be one of `blocks`, counted from 0, got block={block} of blocks={blocks}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Part("up", block, blocks)
+
+
+def test_a_part_may_be_missing_where_the_map_says_so():
+    with forgotten_afterwards():
+        optional = replace(TOY, heads_in=(*TOY.heads_in, Part("mixer.places", optional=True)))
+        register_family("toy2", optional, Toy2Config, [Toy2Model])
+        model = Toy2Model(Toy2Config()).double().eval()
+        fields = {name: value for name, value in given().items() if name != "labels"}
+        with torch.no_grad(), masked_heads(model, PLANS["some"]):
+            masked = model(**fields).last_hidden_state
+        torch.testing.assert_close(prune_heads(model, PLANS["some"])(**fields).last_hidden_state, masked, **EXACT)
 
 
 def test_code_that_is_in_no_file_is_not_shipped(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import MAX_LENGTH
 from shrp_hf.export.options import Text
 from shrp_hf.models.lengths import num_positions
 from shrp_hf.models.outputs import (
@@ -25,7 +26,6 @@ from shrp_hf.models.outputs import (
 Arrays = dict[str, np.ndarray]
 
 BATCH_SIZE = 16
-MAX_LENGTH = 128
 NUM_RANDOM = 24
 
 

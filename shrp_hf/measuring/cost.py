@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shrp_hf.defaults import SEED
 from shrp_hf.models.lengths import num_positions
 
 
@@ -85,7 +86,7 @@ def count_flops(model: nn.Module, batch_size: int, length: int) -> int:
     return counter.get_total_flops()
 
 
-def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_inputs(model: nn.Module, batch_size: int, length: int, seed: int = SEED) -> dict[str, torch.Tensor]:
     """Draws a batch that fits a model: token ids (batch, length), or pixels (batch, channels, height, width).
 
     No id is the padding token, so every model of a comparison sees `batch_size * length` real tokens.

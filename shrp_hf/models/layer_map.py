@@ -18,12 +18,22 @@ class Part:
         block: Which one of the equal blocks of rows, from 0: a fused projection holds query, key and value in three.
         blocks: How many blocks there are.
         optional: The config of some models of the family leaves the module out.
+
+    Raises:
+        ValueError: There is no such block.
     """
 
     path: str
     block: int = 0
     blocks: int = 1
     optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or not 0 <= self.block < self.blocks:
+            raise ValueError(
+                f"`block` of {self.path!r} must be one of `blocks`, counted from 0, got block={self.block} of "
+                f"blocks={self.blocks}."
+            )
 
     def is_in(self, layer: nn.Module) -> bool:
         """Whether `layer` has this part.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from shrp_hf.defaults import SERVED_SHAPE
+
 COSTS = ("parameters", "flops", "latency")
 KNEE_DEGREES = range(2, 7)
 TABLE_RUNTIMES = ("eager", "onnx", "int8")
@@ -39,8 +41,8 @@ class Serving:
         ValueError: A number is below 1, or the runtime is not one of these.
     """
 
-    batch_size: int = 8
-    length: int = 128
+    batch_size: int = SERVED_SHAPE[0]
+    length: int = SERVED_SHAPE[1]
     runtime: str = "eager"
     num_threads: int | None = None
 

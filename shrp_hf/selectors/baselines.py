@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from shrp_hf.defaults import SEED
 from shrp_hf.families import HeadLayout
 from shrp_hf.scoring import GRANULARITIES, HeadStats, StatsRequest, neuron_magnitude, weight_magnitude
 from shrp_hf.selectors.base import Selector, telling
@@ -22,7 +23,7 @@ class RandomSelector(Selector):
 
     name: ClassVar[str] = "random"
     scores_neurons_by_data: ClassVar[bool] = False
-    seed: int = 0
+    seed: int = SEED
 
     def _scored(self, model: PreTrainedModel, stats: HeadStats | None) -> torch.Tensor:
         choice = self._scored_choice()

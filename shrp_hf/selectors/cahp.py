@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.defaults import SIGNATURE_SIZE
+from shrp_hf.defaults import SEED, SIGNATURE_SIZE
 from shrp_hf.plans.budget import Budget, find_knee
 from shrp_hf.plans.keep_plan import KeepPlan
 from shrp_hf.scoring import GRANULARITIES, HeadStats, StatsRequest
@@ -140,7 +140,7 @@ class CahpSelector(HeadClusterSelector):
     name: ClassVar[str] = "cahp"
     perplexity: float = 10
     max_iter: int = 1000
-    seed: int = 0
+    seed: int = SEED
     _plane: np.ndarray | None = field(init=False, default=None, repr=False)
 
     @property

@@ -6,6 +6,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from shrp_hf.defaults import SEED
+
 MIN_VARIANCE = 1e-6
 START_DEVIATION = 1e-4
 JITTER = 1e-3
@@ -63,7 +65,7 @@ def head_distances(gram: torch.Tensor) -> np.ndarray:
     return np.sqrt(squared)
 
 
-def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed: int = 0) -> np.ndarray:
+def embed(gram: torch.Tensor, perplexity: float = 10, max_iter: int = 1000, seed: int = SEED) -> np.ndarray:
     """Lays heads out in a plane by t-SNE (scikit-learn's defaults otherwise: PCA start, Barnes-Hut).
 
     One thread, and distances rounded to float32: t-SNE is chaotic, and neither the number of threads nor the last bits
@@ -127,7 +129,7 @@ class HeadClusters:
         self._curve: list[tuple[int, float]] = []
 
     @classmethod
-    def in_plane(cls, points: np.ndarray, seed: int = 0) -> Self:
+    def in_plane(cls, points: np.ndarray, seed: int = SEED) -> Self:
         """Clusters points, shape (rows, 2), by their distances, as the paper does: FasterPAM from a drawn start."""
         return cls(np.linalg.norm(points[:, None] - points[None], axis=-1), seed)
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from shrp_hf.defaults import MIN_HEADS_PER_LAYER
+from shrp_hf.defaults import MIN_HEADS_PER_LAYER, SEED
 from shrp_hf.families import HeadLayout, head_layout
 from shrp_hf.models.expert_layer import sum_over_processes
 from shrp_hf.plans.keep_plan import KeepPlan
@@ -89,7 +89,7 @@ class DspCallback(TrainerCallback, ExportableState):
         *,
         initial_temperature: float = 1000.0,
         final_temperature: float = 1e-8,
-        seed: int = 0,
+        seed: int = SEED,
         min_heads_per_layer: int = MIN_HEADS_PER_LAYER,
     ) -> None:
         for name, value, least in (("num_heads", num_heads, 1), ("min_heads_per_layer", min_heads_per_layer, 0)):

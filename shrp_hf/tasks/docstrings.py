@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from shrp_hf.defaults import SEED
+
 LIBRARIES = {
     "numpy": "numpy",
     "scipy": "scipy",
@@ -42,7 +44,7 @@ Rows = list[tuple[str, int]]
 def docstring_rows(
     libraries: Mapping[str, str] = LIBRARIES,
     *,
-    seed: int = 0,
+    seed: int = SEED,
     max_train: int | None = None,
     max_validation: int = 1000,
 ) -> dict[str, Rows]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from shrp_hf.defaults import SEED
 from shrp_hf.tasks.columns import Columns, Reading, find_column, find_columns
 from shrp_hf.tasks.docstrings import LIBRARIES, docstring_rows
 from shrp_hf.tasks.files import Table
@@ -27,7 +28,7 @@ def load_task(
     data_dir: str | Path | None = None,
     reading: Reading | None = None,
     *,
-    seed: int = 0,
+    seed: int = SEED,
     max_train: int | None = None,
     max_validation: int = 1000,
 ) -> Task:

@@ -10,6 +10,8 @@ from datasets import Features, List, Value
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from shrp_hf.defaults import SEED
+
 
 class LocalMetric(evaluate.Metric):
     """Base of the metrics below: one number per metric, computed in memory.
@@ -139,7 +141,7 @@ def resample(
     references: np.ndarray,
     average: str = "binary",
     num_resamples: int = 1000,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> np.ndarray:
     """Computes one metric of several models on rows drawn with replacement, the same rows for all of them.
 

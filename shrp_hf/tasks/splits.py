@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
+from shrp_hf.defaults import SEED
+
 REPORTED_SHARE, MOST_REPORTED = 5, 2000  # where no test rows come along: a fifth, or so many
 
 
@@ -19,7 +21,7 @@ class Sizes:
         max_validation: Most held-out rows.
     """
 
-    seed: int = 0
+    seed: int = SEED
     max_train: int | None = None
     max_validation: int = 1000
 

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from shrp_hf.defaults import MAX_LENGTH
+from shrp_hf.defaults import MAX_LENGTH, SEED
 from shrp_hf.models.lengths import fitting_length
 from shrp_hf.models.outputs import PAIRS
 from shrp_hf.tasks.kind import Baseline, Kind
@@ -190,7 +190,7 @@ class Task:
         rows, units = len(self.test), self.num_reported
         return f"{rows:,}" if rows == units else f"{units:,} {self.kind.unit(self.test)} ({rows:,} rows)"
 
-    def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    def bootstrap(self, predictions: Sequence[EvalPrediction], num_resamples: int = 1000, seed: int = SEED) -> np.ndarray:
         """Judges several models on rows drawn again and again with replacement, the same rows for all of them.
 
         Quantiles over the resamples are an interval of any metric, and those of a ratio between models are paired.

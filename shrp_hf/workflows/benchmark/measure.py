@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.defaults import BATCH_SIZE, ROUNDS
+from shrp_hf.defaults import BATCH_SIZE, ROUNDS, SERVED_SHAPE
 from shrp_hf.export import ExportRows, export_model
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.measuring import measure_calls
@@ -49,7 +49,7 @@ class ServingOptions:
     """
 
     runtimes: tuple[str, ...] = ("eager",)
-    shapes: tuple[tuple[int, int], ...] = ((1, 32), (8, 128))
+    shapes: tuple[tuple[int, int], ...] = ((1, 32), SERVED_SHAPE)
     texts: tuple[str, ...] = ()
     batch_size: int = BATCH_SIZE
     max_length: int | None = None
