@@ -1,5 +1,6 @@
 """The commands, from a plain checkpoint and a folder of data to a model that loads."""
 
+import ast
 import inspect
 import io
 import json
@@ -8,6 +9,7 @@ import re
 import sys
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import datasets
 import pytest
@@ -344,6 +346,14 @@ def test_inspect_prints_json_alone_for_scripts(plain):
     assert found["model_type"] == "shrp_bert"
     assert [(layer["kind"], len(layer["kept"])) for layer in found["layers"]] == [("ordinary", 4)] * len(found["layers"])
     assert found["parameters"]["encoder"] < found["parameters"]["whole"]
+
+
+def test_defaults_of_options_stand_in_one_place():
+    files = Path(cli.__file__).parent.glob("*.py")
+    found = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    defaults = [default for node in found if isinstance(node, ast.FunctionDef) for default in node.args.defaults]
+    numbers = {node.value for node in defaults if isinstance(node, ast.Constant) and isinstance(node.value, int | float)}
+    assert numbers <= {0, True}  # all others are names in shrp_hf.defaults
 
 
 def test_every_option_has_one_panel_and_every_panel_options():

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shrp_hf.cli.app import JsonOption, app, console, list_option, shape_of
-from shrp_hf.defaults import BATCH_SIZE
+from shrp_hf.defaults import BATCH_SIZE, ROUNDS
 
 
 @app.command()
@@ -29,7 +29,7 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's setting.")] = None,
     device: Annotated[str, typer.Option(help="Where PyTorch runs: cpu, cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of PyTorch's weights: float32, bfloat16, float16.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the models take turns.")] = ROUNDS,
     output: Annotated[Path | None, typer.Option(help="Directory for benchmark.md, .json and .png.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -34,10 +34,12 @@ from shrp_hf.defaults import (
     BATCH_SIZE,
     CALIBRATION_SAMPLES,
     DENSE_LEARNING_RATE,
+    DSP_EPOCHS,
     MAX_LENGTH,
     MIN_HEADS_PER_LAYER,
     SEED,
     SIGNATURE_SIZE,
+    TOLERANCE,
 )
 
 if TYPE_CHECKING:
@@ -98,8 +100,8 @@ def compare(
     signature_size: Annotated[int, typer.Option(help="CAHP: side of resized attention maps; 48 for pairs.")] = SIGNATURE_SIZE,
     min_heads_per_layer: Annotated[int, typer.Option(help="Heads that every layer keeps.")] = MIN_HEADS_PER_LAYER,
     alpha: Annotated[Any, typer.Option(parser=_alpha, metavar="NUMBER", help=_ALPHA)] = "0.5",
-    dsp_epochs: Annotated[float, typer.Option(help="DSP: epochs that learn what to keep, before recovery.")] = 1.0,
-    tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = 0.25,
+    dsp_epochs: Annotated[float, typer.Option(help="DSP: epochs that learn what to keep, before recovery.")] = DSP_EPOCHS,
+    tolerance: Annotated[float, typer.Option(help="Regression: predictions so close agree.")] = TOLERANCE,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
     split_seed: Annotated[int, typer.Option(help="Seed of the held-out cut: that of MODEL's fine-tuning.")] = SEED,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,

@@ -29,7 +29,7 @@ from shrp_hf.cli.app import (
     list_option,
     read_task,
 )
-from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, SEED
+from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, MAX_TRIALS, SEED
 
 
 @app.command()
@@ -57,7 +57,7 @@ def compress(
     experts: Annotated[
         str | None, typer.Option(help="Experts per layer to consider, such as 1,2,4; default 1, 2, 4, ... to all.")
     ] = None,
-    max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = 6,
+    max_trials: Annotated[int, typer.Option(help="Most candidates to train.")] = MAX_TRIALS,
     dense_epochs: Annotated[float, typer.Option(help="Fine-tuning first; 0: the model is fine-tuned on this task.")] = 0.0,
     dense_learning_rate: Annotated[float, typer.Option(help="Learning rate of that fine-tuning.")] = DENSE_LEARNING_RATE,
     recipe: RecipeOption = "default",

@@ -21,7 +21,7 @@ from shrp_hf.cli.app import (
     console,
     read_task,
 )
-from shrp_hf.defaults import SEED
+from shrp_hf.defaults import MIN_AGREEMENT, SEED
 
 
 @app.command()
@@ -56,7 +56,9 @@ def export(
     calibration: Annotated[
         Path | None, typer.Option(help="int8-static: text file to find scales on; default: training rows of --dataset.")
     ] = None,
-    min_agreement: Annotated[float, typer.Option(help="Share of a rounded file's predictions that must be PyTorch's.")] = 0.9,
+    min_agreement: Annotated[
+        float, typer.Option(help="Share of a rounded file's predictions that must be PyTorch's.")
+    ] = MIN_AGREEMENT,
     force: Annotated[bool, typer.Option("--force", help="Write a file that agrees too little or loses quality.")] = False,
     seed: SeedOption = SEED,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from shrp_hf.cli.app import ModelArgument, OutputOption, app, console
+from shrp_hf.defaults import VOCABULARY_FLOOR
 
 
 @app.command()
@@ -16,7 +17,9 @@ def trim_vocabulary(
     held_out: Annotated[
         Path | None, typer.Option(help="Text file to report unknown tokens on; default: a tenth of the corpus.")
     ] = None,
-    floor: Annotated[int, typer.Option(help="Least number of tokens: the commonest join those that the corpus uses.")] = 4000,
+    floor: Annotated[
+        int, typer.Option(help="Least number of tokens: the commonest join those that the corpus uses.")
+    ] = VOCABULARY_FLOOR,
     alphabet: Annotated[
         bool, typer.Option("--alphabet/--no-alphabet", help="Keep every single character: any word can be spelled.")
     ] = True,

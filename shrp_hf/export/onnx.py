@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from shrp_hf.checkpoints import open_config, open_model, open_tokenizer
+from shrp_hf.defaults import MIN_AGREEMENT
 from shrp_hf.export.check import (
     Arrays,
     agreement,
@@ -30,7 +31,7 @@ from shrp_hf.export.check import (
 from shrp_hf.export.embeddings import with_small_embeddings
 from shrp_hf.export.graph import OUTPUTS, Form, write_graph
 from shrp_hf.export.openvino import RECORD, check_openvino, openvino_session, write_openvino
-from shrp_hf.export.options import MIN_AGREEMENT, ExportOptions, ExportRows, Text
+from shrp_hf.export.options import ExportOptions, ExportRows, Text
 from shrp_hf.export.runtime import EXTRA, onnx_session, own_operators, time_in_turns, write_int8
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.families import head_layout

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shrp_hf.defaults import MIN_AGREEMENT
 from shrp_hf.export.graph import OPSET, OPSETS
 
 Text = str | tuple[str, ...]
@@ -13,7 +14,6 @@ PRECISIONS = {"onnx": ("float32", "int8"), "openvino": ("float32", "float16", "i
 """Formats, and what each holds: "int8" has int8 weights and scales activations as they come, "int8-static" by rows."""
 GRAPHS = ("fastest", "fused", "portable")
 EMBEDDINGS = ("float32", "float16", "int8")
-MIN_AGREEMENT = 0.9
 MOST_LOST = 0.003  # of a metric from 0 to 1
 
 

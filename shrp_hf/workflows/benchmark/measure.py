@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shrp_hf.defaults import BATCH_SIZE, SERVED_SHAPE
+from shrp_hf.defaults import BATCH_SIZE, ROUNDS, SERVED_SHAPE
 from shrp_hf.export import ExportRows, export_model
 from shrp_hf.export.sentences import SENTENCES
 from shrp_hf.measuring import measure_calls
@@ -56,7 +56,7 @@ class ServingOptions:
     num_threads: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    num_rounds: int = 15
+    num_rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]

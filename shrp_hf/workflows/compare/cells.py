@@ -21,11 +21,13 @@ from shrp_hf.defaults import (
     BATCH_SIZE,
     CALIBRATION_SAMPLES,
     DENSE_LEARNING_RATE,
+    DSP_EPOCHS,
     MAX_LENGTH,
     MIN_HEADS_PER_LAYER,
     SEED,
     SERVED_SHAPE,
     SIGNATURE_SIZE,
+    TOLERANCE,
 )
 from shrp_hf.measuring import CostTable, count_flops, count_parameters, latency_table
 from shrp_hf.models.lengths import num_positions
@@ -81,8 +83,8 @@ class Settings:
     signature_size: int = SIGNATURE_SIZE
     min_heads_per_layer: int = MIN_HEADS_PER_LAYER
     alpha: float | None = 0.5
-    dsp_epochs: float = 1.0
-    tolerance: float = 0.25
+    dsp_epochs: float = DSP_EPOCHS
+    tolerance: float = TOLERANCE
     bf16: bool = False
     split_seed: int = SEED
 

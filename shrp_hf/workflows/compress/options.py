@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, SEED, SERVED_SHAPE
+from shrp_hf.defaults import BATCH_SIZE, DENSE_LEARNING_RATE, MAX_LENGTH, MAX_TRIALS, SEED, SERVED_SHAPE
 from shrp_hf.training.recipes import RECIPES, Recipe
 from shrp_hf.workflows.compress.candidates import STRUCTURES
 from shrp_hf.workflows.compress.search import Targets
@@ -40,7 +40,7 @@ class CompressOptions:
     device: str = "cpu"
     structures: tuple[str, ...] | None = None
     experts: tuple[int, ...] | None = None
-    max_trials: int = 6
+    max_trials: int = MAX_TRIALS
     recipe: Recipe = RECIPES["default"]
     dense_epochs: float = 0.0
     dense_learning_rate: float = DENSE_LEARNING_RATE

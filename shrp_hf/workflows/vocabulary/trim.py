@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from shrp_hf.defaults import VOCABULARY_FLOOR
 from shrp_hf.export.check import Arrays, difference, make_batches, torch_outputs
 from shrp_hf.export.onnx import output_names
 from shrp_hf.files import remove_staged, writing_to
@@ -38,7 +39,7 @@ class TrimOptions:
         ValueError: `floor` is below 0.
     """
 
-    floor: int = 4000
+    floor: int = VOCABULARY_FLOOR
     alphabet: bool = True
 
     def __post_init__(self) -> None:
