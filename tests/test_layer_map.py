@@ -11,7 +11,7 @@ from shrp_hf import KeepPlan, masked_heads, prune_heads, to_shrp, to_stock
 from shrp_hf.families import FAMILIES, head_layout
 from shrp_hf.models.slicing import OutputMeans
 from tests.test_families import ALL, ATTENTIONS, EAGER_ONLY, EXACT, TABLE, inputs, outputs, stock
-from tests.tiny import force_experts_, same_state, tiny_routed
+from tests.tiny import assert_near, force_experts_, same_state, tiny_routed
 
 EVERY = tuple(range(64))
 SOME = (tuple(range(3, 40)), EVERY, (5, 60))
@@ -156,6 +156,18 @@ def test_equal_widths_make_a_small_stock_model(family, tmp_path):
     loaded = type(stock(family)).from_pretrained(tmp_path, dtype=torch.float64)
     assert loaded.num_parameters() == cut.num_parameters()
     torch.testing.assert_close(outputs(loaded, family), outputs(cut, family), **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in TABLE if name not in (*EAGER_ONLY, "xlm-roberta", "camembert")])
+def test_cut_equals_masked_in_flex_attention(family):
+    """It compiles, and has no float64 on a CPU: so against eager in float64, to rounding."""
+    plan, padding = PLANS["both"], None if family == "vit" else "right"
+    model = stock(family, dtype=torch.float32)
+    expected = outputs(silenced(copy.deepcopy(model).double(), plan), family, padding)
+    cut = prune_heads(model, plan)
+    cut.set_attn_implementation("flex_attention")
+    assert_near(outputs(cut, family, padding), expected)
 
 
 # --- beside expert layers ---
