@@ -13,14 +13,13 @@ package's default (docs/results/recipe.md); the control is the dense model train
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.recipe_screen import DENSE_RECIPE, Job, Pool, combined
+from experiments.recipe_screen import DENSE_RECIPE, Job, Pool, add_options, combined
 from experiments.screen_data import prepare
 from experiments.screen_model import layers_of
 from experiments.screen_training import Recipe
@@ -203,10 +202,10 @@ def plot(grid: Grid, output: Path, split: str) -> Path:
         axes.annotate(name, (times, kept), (6, -10), textcoords="offset points", fontsize=7, color="grey")
     axes.axhline(100, color="grey", linewidth=0.7)
     axes.set(xscale="log", xlabel="throughput, stock in eager = 1 (8 x 128, two CPU cores)", xlim=(1.8, 22), ylim=(82, 102))
-    axes.set_ylabel("mean of five tasks, % of the control")
+    axes.set_ylabel(f"mean of {len(grid.tasks)} tasks, % of the control")
     axes.set_xticks([2, 3, 4, 6, 8, 12, 15], labels=["2x", "3x", "4x", "6x", "8x", "12x", "15x"])
     axes.minorticks_off()
-    axes.set_title("MiniLM cut in many ways by one recipe (grey: as published, other models, tasks and hardware)", fontsize=10)
+    axes.set_title("Cut in many ways, trained by one recipe (grey: published, other models, tasks, hardware)", fontsize=10)
     figure.tight_layout()
     path = output / "structures.png"
     figure.savefig(path, dpi=120)
@@ -249,13 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["prepare", "run", "table", "speed", "plot"])
     parser.add_argument("--grid", choices=list(GRIDS), default="minilm")
-    parser.add_argument("--model", help="hub id or directory of a BERT or MPNet encoder, with its tokenizer")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--prepared", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--seconds", type=float, default=280.0)
-    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    add_options(parser)
     parser.add_argument("--rows", type=int, help="most rows of a split, for a trial")
     parser.add_argument("--split", choices=["held_out", "reported"], default="reported")
     parser.add_argument("--runtimes", nargs="+", default=["eager"], help="of `speed`")

@@ -353,17 +353,22 @@ def table(output: Path) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
-    """Prepares, runs, or prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["prepare", "screen", "confirm", "table"])
-    parser.add_argument("--model", help="hub id or directory of a BERT encoder, with its tokenizer")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `prepare` and every run on a `Pool` take."""
+    parser.add_argument("--model", help="hub id or directory of a BERT or MPNet encoder, with its tokenizer")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--prepared", type=Path, nargs="+")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seconds", type=float, default=280.0)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+
+
+def main() -> None:
+    """Prepares, runs, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["prepare", "screen", "confirm", "table"])
+    add_options(parser)
     names = {"type": lambda text: text.split(";"), "help": "separated by semicolons"}
     parser.add_argument("--recipes", default=["base"], **names)
     parser.add_argument("--controls", default=["base"], **names)

@@ -34,7 +34,7 @@ LabelColumnOption = Annotated[
 ]
 LearningRateOption = Annotated[
     float | None,
-    typer.Option(help="Of the training of the small model; default: the recipe's, which is too high for an encoder of 768."),
+    typer.Option(help="Of the training of the small model; default: the recipe's, chosen on an encoder of width 384."),
 ]
 PairsOption = Annotated[
     str | None, typer.Option(help="Embeddings: file of texts that belong together, on which a recovery ends.")

@@ -119,8 +119,7 @@ def conversion(setup: Setup, recipe: Recipe, num_layers: int) -> list[Training]:
 
 def is_teacher_stored(setup: Setup, recipe: Recipe) -> bool:
     """Whether a recovery has what its teacher says computed once, before it."""
-    is_repeated = recipe.recovery_epochs * setup.epoch > 1 and not recipe.distillation_value_relations
-    return recipe.distils and setup.stores_teacher and is_repeated and setup.tokenizer.padding_side == "right"
+    return recipe.distils and setup.may_store(recipe.recovery_epochs, recipe.distillation_value_relations)
 
 
 def _training(name: str, setup: Setup, epochs: float, share: float, rows: int, has_teacher: bool = False) -> Training:

@@ -224,6 +224,16 @@ class Setup:
             **kwargs,
         )
 
+    def may_store(self, epochs: float, value_relations: float = 0.0) -> bool:
+        """Whether what a teacher says is computed once, before a training: it sees rows again, and needs no teacher's values.
+
+        Args:
+            epochs: Of the training.
+            value_relations: Weight of the teacher's value relations.
+        """
+        is_right = self.tokenizer.padding_side == "right"
+        return self.stores_teacher and epochs * self.epoch > 1 and not value_relations and is_right
+
     def train(self, trainer: Trainer) -> PreTrainedModel:
         """Trains, from the last checkpoint if there is one; returns the model, in evaluation mode."""
         folder = Path(trainer.args.output_dir)
@@ -261,8 +271,7 @@ def fine_tune(
     if not epochs:
         return model.eval()
     teacher = kwargs.pop("teacher", None)
-    is_repeated = epochs * setup.epoch > 1 and not kwargs.get("distillation_value_relations")
-    if teacher is not None and setup.stores_teacher and is_repeated:
+    if teacher is not None and setup.may_store(epochs, kwargs.get("distillation_value_relations", 0.0)):
         teacher = stored(teacher, setup, hidden_states=bool(kwargs.get("distillation_hidden_states", True)))
     args = setup.arguments(name, num_train_epochs=epochs * setup.epoch, learning_rate=learning_rate, **kwargs)
     return setup.train(_trainer(model, args, setup, teacher))
